@@ -1,0 +1,59 @@
+# Two commands are all a fresh clone needs: `make serve` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip --disable-pip-version-check --quiet
+
+.PHONY: serve test check bench protos lock clean
+
+serve: $(VENV)/.installed ## set up, compile the demo model once, serve in the foreground
+	@$(BIN)/headrace serve
+
+test: $(VENV)/.dev ## set up and run all tests
+	@$(BIN)/python -m pytest -q -n 2 --dist loadgroup
+
+check: $(VENV)/.dev build/types protos ## everything a reviewer runs before reading
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+	git diff --exit-code serving/pb
+	$(BIN)/python -m pytest -q -n 2 --dist loadgroup
+
+bench: $(VENV)/.installed ## language models and frontend, against the peers that are installed
+	$(BIN)/headrace bench llm
+	$(BIN)/headrace bench frontend
+
+protos: $(VENV)/.dev ## generate serving/pb from protos/
+	$(BIN)/python -m grpc_tools.protoc -I protos --python_out=build/pb --pyi_out=build/pb \
+	  --grpc_python_out=build/pb protos/headrace/v1/*.proto
+	cp build/pb/headrace/v1/* serving/pb/
+
+lock: $(VENV)/.dev ## pin the runtime dependencies with hashes
+	$(BIN)/pip-compile --quiet --generate-hashes --strip-extras --no-emit-index-url \
+	  --no-emit-find-links --no-emit-options --output-file requirements/runtime.txt pyproject.toml
+
+# The serving install is pinned with hashes; torch and transformers are for export only.
+$(VENV)/.runtime: requirements/runtime.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --require-hashes -r requirements/runtime.txt
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.runtime pyproject.toml $(wildcard serving/engine/native/*)
+	$(PIP) install torch==2.13.0
+	$(PIP) install --editable '.[compile]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.installed
+	$(PIP) install --editable '.[compile,otel,dev]'
+	@mkdir -p build/pb
+	@touch $@
+
+# Type checkers do not run import hooks; the links say the same in a way they read.
+build/types:
+	@mkdir -p build/types/headrace
+	@for name in serving compile deploy; do ln -sfn ../../../$$name build/types/headrace/$$name; done
+	@ln -sfn ../../../serving/pb build/types/headrace/v1
+
+clean:
+	rm -rf build dist *.egg-info

@@ -1,0 +1,1 @@
+"""The build plane: checkpoint in, engine artifact out."""

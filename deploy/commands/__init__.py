@@ -1,0 +1,1 @@
+"""The verbs of the `headrace` command, one module a group."""

@@ -1,0 +1,1 @@
+"""The step channel between frontends and replicas, and the directory of replicas."""

@@ -1,0 +1,1 @@
+"""Values that cross boundaries; standard library only."""

@@ -1,0 +1,131 @@
+"""The manifest: what compile promises about an artifact and serving relies on."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from enum import StrEnum
+from typing import Any
+
+from headrace.serving.errors import ArtifactTampered
+
+MANIFEST_VERSION = 1
+MANIFEST_FILE = "manifest.json"
+
+
+class Precision(StrEnum):
+    FP32 = "fp32"
+    INT8 = "int8"
+    INT4 = "int4"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decoder:
+    """The facts of a decoder-only transformer that an engine needs beside its weights."""
+
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn: int
+    vocab: int
+    rms_eps: float
+    qkv_bias: bool
+    qk_norm: bool
+    tied: bool
+    context_tokens: int
+    rope_scale: float = 1.0
+    """Multiplies cos and sin (YaRN's attention factor); 1 for the others. The inverse frequencies,
+    head_dim / 2 of them, are the tensor `rope.inv_freq`: every RoPE variant we support reduces to
+    these two."""
+    o_bias: bool = False
+
+    @property
+    def kv_values_per_token(self) -> int:
+        """Numbers one token keeps in the KV cache: a key and a value in each layer."""
+        return 2 * self.layers * self.kv_heads * self.head_dim
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verification:
+    """The built engine against `transformers` in fp32 on fixed prompts."""
+
+    reference: str
+    """For example "transformers 5.23.0, fp32"."""
+    tokens: int
+    max_abs_error: float
+    """Largest difference of a logit."""
+    top1_agreement: float
+    """Share of positions whose likeliest token is the same."""
+    perplexity: float
+    perplexity_reference: float
+    tolerance: str
+
+    @property
+    def perplexity_delta(self) -> float:
+        """Relative: 0.01 is one per cent worse than the reference."""
+        return self.perplexity / self.perplexity_reference - 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """One artifact. Written by compile, read strictly by serving, which guesses nothing."""
+
+    manifest_version: int = MANIFEST_VERSION
+    artifact_id: str
+    """SHA-256 (hex) over everything that decided the content: source files, precision, target,
+    format versions. The same input has the same id."""
+    model: str
+    family: str
+    target: str
+    precision: Precision
+    engine: str
+    """Which engine loads it: "onnx" or "native"."""
+    decoder: Decoder
+    eos_token_ids: tuple[int, ...]
+    bos_token_id: int | None
+    reasoning_token_ids: tuple[int, int] | None = None
+    """Ids that open and close a thinking section, where the model has them."""
+    default_sampling: Mapping[str, float] = field(default_factory=dict[str, float])
+    """temperature, top_p, top_k, min_p, repetition_penalty, as the model's authors advise."""
+    weight_bytes: int
+    verification: Verification
+    source: str
+    built_with: Mapping[str, str] = field(default_factory=dict[str, str])
+    files: Mapping[str, str] = field(default_factory=dict[str, str])
+    """File name to SHA-256 (hex) of its content; every file but the manifest itself."""
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=1, sort_keys=True) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, *, where: str) -> "Manifest":
+        """Read strictly: a missing, unknown or mistyped field is a refusal.
+
+        Raises:
+            ArtifactTampered: the text is not a manifest of this version.
+        """
+        try:
+            raw: dict[str, Any] = json.loads(text)
+            if raw.get("manifest_version") != MANIFEST_VERSION:
+                raise ValueError(f"manifest_version is {raw.get('manifest_version')!r}")
+            raw["decoder"] = Decoder(**_exact(Decoder, raw["decoder"]))
+            raw["verification"] = Verification(**_exact(Verification, raw["verification"]))
+            raw["precision"] = Precision(raw["precision"])
+            raw["eos_token_ids"] = tuple(int(i) for i in raw["eos_token_ids"])
+            pair = raw["reasoning_token_ids"]
+            raw["reasoning_token_ids"] = (int(pair[0]), int(pair[1])) if pair else None
+            return cls(**_exact(cls, raw))
+        except (ValueError, TypeError, KeyError) as error:
+            raise ArtifactTampered(
+                f"The manifest in {where} cannot be read: {error}.",
+                why=f"Serving reads version {MANIFEST_VERSION} strictly and guesses nothing.",
+                fix="Build the artifact again with `headrace compile`.",
+            ) from error
+
+
+def _exact(kind: type, raw: dict[str, Any]) -> dict[str, Any]:
+    known = {entry.name for entry in fields(kind)}
+    if unknown := raw.keys() - known:
+        raise ValueError(f"unknown field {sorted(unknown)[0]!r}")
+    return raw

@@ -1,0 +1,1 @@
+"""Engines and the loop that steps them; no network, no Ray, no money."""

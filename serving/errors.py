@@ -1,0 +1,165 @@
+"""Every failure a caller can act on.
+
+* ServingError
+  * InvalidRequest          INVALID_ARGUMENT     the request can never succeed
+    x InvalidSchema         INVALID_ARGUMENT     the schema, regex or choice cannot be compiled
+    x PromptTooLong         INVALID_ARGUMENT     prompt and answer exceed the context
+  x ModelNotFound           NOT_FOUND            no such model here
+  x Unauthenticated         UNAUTHENTICATED      no key, or an unknown one
+  x PermissionDenied        PERMISSION_DENIED    a known key that may not do this
+  x AlreadyServed           ALREADY_EXISTS       this request_id was used before
+  x MessageTooLarge         RESOURCE_EXHAUSTED   the message exceeds this server's limit
+  x Overloaded              UNAVAILABLE          our limit: retry later or elsewhere
+  x Draining                UNAVAILABLE          this frontend is shutting down
+  x MeterUnavailable        UNAVAILABLE          usage cannot be recorded
+  x DeadlineExceeded        DEADLINE_EXCEEDED    the caller's deadline passed
+  x EngineFault             INTERNAL             the device failed under the request
+  * ArtifactError           FAILED_PRECONDITION  a model cannot be loaded or built
+    x CheckpointUnreadable  FAILED_PRECONDITION  a truncated, foreign or unsafe checkpoint
+    x ArtifactTampered      FAILED_PRECONDITION  a file differs from its manifest
+    x DoesNotFit            FAILED_PRECONDITION  the memory is too small
+    x OutsideTolerance      FAILED_PRECONDITION  the engine differs too much from the reference
+    x UnsupportedModel      FAILED_PRECONDITION  a family or feature we do not compile
+    x StorageFull           FAILED_PRECONDITION  the disk has no room for what must be written
+
+Anything else that escapes is a bug: it crashes the task, is logged with its traceback, and
+reaches the client as INTERNAL without details.
+"""
+
+from enum import StrEnum
+from typing import ClassVar
+
+
+class Code(StrEnum):
+    """The canonical status codes we use; the frontend maps them onto gRPC."""
+
+    INVALID_ARGUMENT = "INVALID_ARGUMENT"
+    NOT_FOUND = "NOT_FOUND"
+    UNAUTHENTICATED = "UNAUTHENTICATED"
+    PERMISSION_DENIED = "PERMISSION_DENIED"
+    ALREADY_EXISTS = "ALREADY_EXISTS"
+    FAILED_PRECONDITION = "FAILED_PRECONDITION"
+    RESOURCE_EXHAUSTED = "RESOURCE_EXHAUSTED"
+    DEADLINE_EXCEEDED = "DEADLINE_EXCEEDED"
+    UNAVAILABLE = "UNAVAILABLE"
+    INTERNAL = "INTERNAL"
+
+
+class ServingError(Exception):
+    """A failure in three sentences: what happened, why, and what to do.
+
+    `reason` is the machine's name for it: stable, UPPER_SNAKE, safe to alert on. The sentences
+    are for people and may be reworded in any release.
+    """
+
+    code: ClassVar[Code] = Code.INTERNAL
+    reason: ClassVar[str] = "INTERNAL"
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        why: str,
+        fix: str,
+        field: str | None = None,
+        retry_after_ms: int | None = None,
+    ) -> None:
+        super().__init__(f"{what} {why} {fix}")
+        self.what = what
+        self.why = why
+        self.fix = fix
+        self.field = field
+        """The request field or config key to blame, if one is."""
+        self.retry_after_ms = retry_after_ms
+
+
+class InvalidRequest(ServingError):
+    code = Code.INVALID_ARGUMENT
+    reason = "INVALID_REQUEST"
+
+
+class InvalidSchema(InvalidRequest):
+    reason = "INVALID_SCHEMA"
+
+
+class PromptTooLong(InvalidRequest):
+    reason = "PROMPT_TOO_LONG"
+
+
+class ModelNotFound(ServingError):
+    code = Code.NOT_FOUND
+    reason = "MODEL_NOT_FOUND"
+
+
+class Unauthenticated(ServingError):
+    code = Code.UNAUTHENTICATED
+    reason = "UNAUTHENTICATED"
+
+
+class PermissionDenied(ServingError):
+    code = Code.PERMISSION_DENIED
+    reason = "PERMISSION_DENIED"
+
+
+class AlreadyServed(ServingError):
+    code = Code.ALREADY_EXISTS
+    reason = "ALREADY_SERVED"
+
+
+class MessageTooLarge(ServingError):
+    code = Code.RESOURCE_EXHAUSTED
+    reason = "MESSAGE_TOO_LARGE"
+
+
+class Overloaded(ServingError):
+    code = Code.UNAVAILABLE
+    reason = "OVERLOADED"
+
+
+class Draining(ServingError):
+    code = Code.UNAVAILABLE
+    reason = "DRAINING"
+
+
+class MeterUnavailable(ServingError):
+    code = Code.UNAVAILABLE
+    reason = "METER_UNAVAILABLE"
+
+
+class DeadlineExceeded(ServingError):
+    code = Code.DEADLINE_EXCEEDED
+    reason = "DEADLINE_EXCEEDED"
+
+
+class EngineFault(ServingError):
+    code = Code.INTERNAL
+    reason = "ENGINE_FAULT"
+
+
+class ArtifactError(ServingError):
+    code = Code.FAILED_PRECONDITION
+    reason = "ARTIFACT"
+
+
+class CheckpointUnreadable(ArtifactError):
+    reason = "CHECKPOINT_UNREADABLE"
+
+
+class ArtifactTampered(ArtifactError):
+    reason = "ARTIFACT_TAMPERED"
+
+
+class DoesNotFit(ArtifactError):
+    reason = "DOES_NOT_FIT"
+
+
+class OutsideTolerance(ArtifactError):
+    reason = "OUTSIDE_TOLERANCE"
+
+
+class UnsupportedModel(ArtifactError):
+    reason = "UNSUPPORTED_MODEL"
+
+
+class StorageFull(ArtifactError):
+    reason = "STORAGE_FULL"

@@ -1,0 +1,34 @@
+"""The seam between a request and whatever remembers what it used."""
+
+from typing import Protocol
+
+from headrace.serving.domain.record import Opening, Settlement
+from headrace.serving.domain.usage import Usage
+
+
+class Meter(Protocol):
+    """Every request is opened once and settled once, whatever its end."""
+
+    async def open(self, opening: Opening) -> None:
+        """Record that a request begins; returns once a killed process cannot lose it.
+
+        Raises:
+            AlreadyServed: the tenant has used this request_id before.
+            MeterUnavailable: the record cannot be written; the request must not run.
+        """
+        ...
+
+    def checkpoint(self, *, tenant_id: str, request_id: str, usage: Usage) -> None:
+        """Note what was delivered so far. Returns at once; the meter writes it in the background.
+
+        A frontend that is killed settles at the last checkpoint when it starts again.
+        """
+        ...
+
+    async def settle(self, settlement: Settlement) -> None:
+        """Close the record; returns once a killed process cannot lose it. The first one wins.
+
+        Raises:
+            MeterUnavailable: the record cannot be written; the final message must not be sent.
+        """
+        ...

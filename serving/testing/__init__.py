@@ -1,0 +1,1 @@
+"""Public stand-ins: real small implementations of our protocols, for tests."""

@@ -1,0 +1,15 @@
+"""A clock that moves when told to."""
+
+
+class ManualClock:
+    def __init__(self, now_ms: float = 1_700_000_000_000) -> None:
+        self.now_ms = now_ms
+
+    def monotonic_ms(self) -> float:
+        return self.now_ms
+
+    def unix_ms(self) -> int:
+        return int(self.now_ms)
+
+    def advance(self, *, seconds: float = 0, ms: float = 0) -> None:
+        self.now_ms += seconds * 1000 + ms
