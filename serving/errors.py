@@ -14,6 +14,8 @@
   x MeterUnavailable        UNAVAILABLE          usage cannot be recorded
   x DeadlineExceeded        DEADLINE_EXCEEDED    the caller's deadline passed
   x EngineFault             INTERNAL             the device failed under the request
+  x ConfigRefused           FAILED_PRECONDITION  the configuration or the home folder is not usable
+  x KeyNotFound             NOT_FOUND            no API key has this id
   * ArtifactError           FAILED_PRECONDITION  a model cannot be loaded or built
     x CheckpointUnreadable  FAILED_PRECONDITION  a truncated, foreign or unsafe checkpoint
     x ArtifactTampered      FAILED_PRECONDITION  a file differs from its manifest
@@ -134,6 +136,16 @@ class DeadlineExceeded(ServingError):
 class EngineFault(ServingError):
     code = Code.INTERNAL
     reason = "ENGINE_FAULT"
+
+
+class ConfigRefused(ServingError):
+    code = Code.FAILED_PRECONDITION
+    reason = "CONFIG_REFUSED"
+
+
+class KeyNotFound(ServingError):
+    code = Code.NOT_FOUND
+    reason = "KEY_NOT_FOUND"
 
 
 class ArtifactError(ServingError):

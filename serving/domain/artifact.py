@@ -60,6 +60,8 @@ class Verification:
     perplexity: float
     perplexity_reference: float
     tolerance: str
+    logit_error: float = 0.0
+    """Root mean square of the logits' difference, relative to the spread of the reference's."""
 
     @property
     def perplexity_delta(self) -> float:
@@ -106,7 +108,7 @@ class Manifest:
             ArtifactTampered: the text is not a manifest of this version.
         """
         try:
-            raw: dict[str, Any] = json.loads(text)
+            raw = _object(json.loads(text))
             if raw.get("manifest_version") != MANIFEST_VERSION:
                 raise ValueError(f"manifest_version is {raw.get('manifest_version')!r}")
             raw["decoder"] = Decoder(**_exact(Decoder, raw["decoder"]))
@@ -124,8 +126,24 @@ class Manifest:
             ) from error
 
 
-def _exact(kind: type, raw: dict[str, Any]) -> dict[str, Any]:
-    known = {entry.name for entry in fields(kind)}
+def _exact(kind: type, value: object) -> dict[str, Any]:
+    """The value as arguments of the dataclass `kind`: no unknown field, plain ones of its type."""
+    raw = _object(value)
+    known = {entry.name: entry.type for entry in fields(kind)}
     if unknown := raw.keys() - known:
-        raise ValueError(f"unknown field {sorted(unknown)[0]!r}")
+        raise ValueError(f"unknown field {min(unknown)!r}")
+    for name, each in raw.items():
+        wanted = known[name]
+        # A bool is an int to Python; a whole number is a float to JSON.
+        kinds = {int: (int,), float: (int, float), bool: (bool,), str: (str,)}.get(wanted)
+        if kinds and (
+            not isinstance(each, kinds) or isinstance(each, bool) is not (wanted is bool)
+        ):
+            raise ValueError(f"{name!r} is {each!r}")
     return raw
+
+
+def _object(value: object) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"a {type(value).__name__} stands where an object should")
+    return value
