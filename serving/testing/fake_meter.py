@@ -1,0 +1,62 @@
+"""A meter in memory that holds its callers to the protocol."""
+
+from headrace.serving.domain.record import Opening, Settlement
+from headrace.serving.domain.usage import Usage
+from headrace.serving.errors import AlreadyServed, MeterUnavailable
+
+
+class FakeMeter:
+    """Implements Meter. Asserts that every record is opened once and settled once."""
+
+    def __init__(self) -> None:
+        self.opened: dict[tuple[str, str], Opening] = {}
+        self.settled: dict[tuple[str, str], Settlement] = {}
+        self.checkpoints: dict[tuple[str, str], Usage] = {}
+        self.is_broken = False
+        """While True, nothing can be written."""
+
+    @property
+    def num_open(self) -> int:
+        return len(self.opened) - len(self.settled)
+
+    async def open(self, opening: Opening) -> None:
+        self._check()
+        key = (opening.tenant_id, opening.request_id)
+        if key in self.opened:
+            raise AlreadyServed(
+                "This request_id was used before.",
+                why="It is run and charged at most once.",
+                fix="Send a new one.",
+            )
+        self.opened[key] = opening
+
+    def checkpoint(self, *, tenant_id: str, request_id: str, usage: Usage) -> None:
+        key = (tenant_id, request_id)
+        assert key in self.opened, "a checkpoint of a request that was not opened"
+        assert key not in self.settled, "a checkpoint after the settlement"
+        before = self.checkpoints.get(key, Usage())
+        assert usage.completion_tokens >= before.completion_tokens, "usage never shrinks"
+        self.checkpoints[key] = usage
+
+    async def settle(self, settlement: Settlement) -> None:
+        self._check()
+        key = (settlement.tenant_id, settlement.request_id)
+        assert key in self.opened, "a settlement of a request that was not opened"
+        assert key not in self.settled, "a request is settled once"
+        self.settled[key] = settlement
+
+    def of(self, request_id: str) -> Settlement:
+        """The settlement of one request, whoever's; of a refused one by the id it asked for."""
+        found = [
+            settlement
+            for (_, settled_id), settlement in self.settled.items()
+            if settled_id.partition("#")[0] == request_id
+        ]
+        assert len(found) == 1, f"{len(found)} settlements of {request_id}"
+        return found[0]
+
+    def _check(self) -> None:
+        if self.is_broken:
+            raise MeterUnavailable(
+                "Usage cannot be recorded.", why="The disk is full.", fix="Free some space."
+            )
