@@ -74,6 +74,7 @@ class ReplicaFleet:
         metrics: Metrics,
         expected: Collection[str] = (),
         replica_wait_s: float = 2.0,
+        failover_wait_s: float = 15.0,
         on_change: Callable[[], None] = lambda: None,
     ) -> None:
         """Start with no replica; `update` brings them.
@@ -85,8 +86,10 @@ class ReplicaFleet:
             expected: models that the configuration names. Without a replica they are unavailable
                 for the moment; any other name is unknown.
             replica_wait_s: how long a request may wait for a replica when none can take it. Two
-                seconds bridge a lost replica's requests to another one, and no more: a caller
-                who retries is better served than one who waits.
+                seconds bridge a gap between two replicas, and no more: a caller who retries is
+                better served than one who waits.
+            failover_wait_s: the same for a request whose replica was lost. A replica that Serve
+                starts again is back after 3 to 8 s, and then the answer goes on.
             on_change: called after anything that may change which models can be served.
         """
         self._on_change = on_change
@@ -95,6 +98,7 @@ class ReplicaFleet:
         self._clock = clock
         self._metrics = metrics
         self._wait_s = replica_wait_s
+        self._failover_wait_s = failover_wait_s
         self._members: dict[str, _Member] = {}
         self._counted: set[str] = set(expected)
         """Models whose number of ready replicas is on show."""
@@ -149,7 +153,9 @@ class ReplicaFleet:
             version=request.version,
             without=without,
         )
-        until_ms = self._clock.monotonic_ms() + self._wait_s * 1000
+        # An answer that was under way is worth waiting for the lost replica's successor.
+        wait_s = self._failover_wait_s if without else self._wait_s
+        until_ms = self._clock.monotonic_ms() + wait_s * 1000
         if request.deadline_ms is not None:
             until_ms = min(until_ms, request.deadline_ms)
         while True:
@@ -161,7 +167,7 @@ class ReplicaFleet:
                 client = self._members[endpoint.facts.replica_id].client
                 return Placement(client, picked.why)
             if now_ms >= until_ms:
-                raise self._refusal(request.model, picked, request.deadline_ms)
+                raise self._refusal(request.model, picked, request.deadline_ms, wait_s)
             await self._turnout.wait((until_ms - now_ms) / 1000)
 
     @property
@@ -201,7 +207,7 @@ class ReplicaFleet:
                 raise model_not_found(name, sorted(known))
             now_ms = self._clock.monotonic_ms()
             if now_ms >= until_ms:
-                raise self._refusal(name, "no replica of it is known", deadline_ms)
+                raise self._refusal(name, "no replica of it is known", deadline_ms, self._wait_s)
             await self._turnout.wait((until_ms - now_ms) / 1000)
         return served
 
@@ -244,7 +250,9 @@ class ReplicaFleet:
             served = self.model(name)
             self._metrics.replicas_ready(name, served.replicas_ready if served else 0)
 
-    def _refusal(self, model: str, why: str, deadline_ms: float | None) -> ServingError:
+    def _refusal(
+        self, model: str, why: str, deadline_ms: float | None, waited_s: float
+    ) -> ServingError:
         if deadline_ms is not None and self._clock.monotonic_ms() >= deadline_ms:
             return DeadlineExceeded(
                 "The deadline passed before a replica could take the request.",
@@ -253,7 +261,7 @@ class ReplicaFleet:
             )
         return Overloaded(
             f"No replica of {model} can take the request.",
-            why=f"After {self._wait_s:g} s: {why}.",
+            why=f"After {waited_s:g} s: {why}.",
             fix="Retry after the time given, with jitter.",
             retry_after_ms=RETRY_AFTER_MS,
         )

@@ -1,4 +1,4 @@
-"""Tokenizer and manifest of each served artifact, loaded when first asked for."""
+"""Tokenizer and manifest of each served artifact, loaded once, ahead of requests if possible."""
 
 import asyncio
 from collections import OrderedDict
@@ -52,6 +52,7 @@ class ModelShelf:
         self._load = load
         self._loaded: OrderedDict[str, LoadedModel] = OrderedDict()
         self._loading: dict[str, asyncio.Task[LoadedModel]] = {}
+        self._expected: OrderedDict[str, None] = OrderedDict()
 
     async def get(self, facts: ReplicaFacts) -> LoadedModel:
         """The model that this replica serves.
@@ -78,6 +79,29 @@ class ModelShelf:
                 why="Its artifact is missing or damaged on this frontend; the log has the details.",
                 fix="Tell the operator; `headrace doctor` checks the artifacts.",
             ) from error
+
+    def expect(self, facts: ReplicaFacts) -> None:
+        """Load a version before anybody asks for it; tried once, failures are only logged."""
+        version = facts.version
+        if version in self._expected:
+            return
+        self._expected[version] = None
+        while len(self._expected) > VERSIONS_MAX:
+            self._expected.popitem(last=False)
+        if version in self._loaded or version in self._loading:
+            return
+        task = asyncio.get_running_loop().create_task(self._fill(facts))
+        self._loading[version] = task
+        task.add_done_callback(self._expected_came)
+
+    def _expected_came(self, task: "asyncio.Task[LoadedModel]") -> None:
+        for version, loading in tuple(self._loading.items()):
+            if loading is task:
+                del self._loading[version]
+        # What _fill refuses it has logged; whoever asks for that version next tries again.
+        error = None if task.cancelled() else task.exception()
+        if error is not None and not isinstance(error, ArtifactError):
+            log.crashed(during="loading a tokenizer", error=error)
 
     async def _fill(self, facts: ReplicaFacts) -> LoadedModel:
         loop = asyncio.get_running_loop()

@@ -272,6 +272,8 @@ class Frontend:
             self._has_changed.clear()
             try:
                 self.fleet.sweep()
+                for endpoint in self.fleet.endpoints:
+                    self._shelf.expect(endpoint.facts)
                 await self.readiness.publish()
             except Exception as error:  # The task's root: a defect must not end the rounds.
                 log.crashed(during="housekeeping", error=error)

@@ -69,3 +69,5 @@ HR_EXPORT int32_t hr_sample(void* crew, int32_t rows, int32_t vocab, int32_t top
                             float* logprobs, int32_t* top_ids, float* top_logprobs);
 // Bytes per second at which `threads` threads read `bytes` at `data`; for benchmarks.
 HR_EXPORT double hr_read_bandwidth(const void* data, int64_t bytes, int32_t threads);
+// int8 operations per second that `threads` threads reach in registers, in 10^9; 0 where unknown.
+HR_EXPORT double hr_int8_gop_s(int32_t threads);
