@@ -68,7 +68,7 @@ def qwen2() -> PreTrainedModel:
     with torch.no_grad():
         for name, values in model.named_parameters():
             if name.endswith("k_proj.bias"):
-                values.mul_(60)
+                values.mul_(10)
     return model
 
 

@@ -1,16 +1,13 @@
 """The native engine: right, and bitwise the same however the work is cut."""
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
-import small_models
 from headrace.serving.domain.artifact import Manifest, Precision
 from headrace.serving.engine.base import Logits, Row
 from headrace.serving.engine.native_engine import KV_BLOCK_TOKENS, NativeEngine
@@ -19,6 +16,17 @@ from headrace.serving.engine.native_weights import WEIGHTS_FILE
 from headrace.serving.errors import ArtifactTampered, EngineFault, UnsupportedModel
 
 Opener = Callable[..., NativeEngine]
+BuildModel = Callable[[str, Path, Precision], tuple[Any, Manifest]]
+
+VARIANTS = [
+    "llama",
+    "llama with yarn",
+    "odd sizes, o bias, untied",
+    "qwen2 with large key biases",
+    "qwen3 with qk norms",
+]
+"""Those of small_models.py."""
+
 PROMPT = [int(t) for t in np.random.default_rng(3).integers(0, 211, 330)]
 
 HAS_AVX512 = native_library().hr_kernels_name(KERNELS["avx512"]) is not None
@@ -78,18 +86,21 @@ class Sequences:
         return logits[0]
 
 
-def reference_logits(model: torch.nn.Module, ids: Sequence[int]) -> Logits:
+def reference_logits(model: Any, ids: Sequence[int]) -> Logits:
+    import torch
+
     with torch.no_grad():
         return model(torch.tensor([ids])).logits[0].numpy()
 
 
 @pytest.mark.parametrize("kernels", KERNEL_SETS)
 @pytest.mark.parametrize("precision", [Precision.INT8, Precision.INT4])
-@pytest.mark.parametrize("variant", small_models.VARIANTS)
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_each_variant_answers_as_transformers_does(
     variant: str,
     precision: Precision,
     kernels: str,
+    build_model: BuildModel,
     tmp_path: Path,
     opened: Opener,
     monkeypatch: pytest.MonkeyPatch,
@@ -97,7 +108,7 @@ def test_each_variant_answers_as_transformers_does(
     """A rotation, norm or bias in the wrong place changes logits by their own size; rounding
     activations to 8 bits by a few per cent of it. 330 tokens cross a span of the softmax."""
     monkeypatch.setenv("HEADRACE_KERNELS", kernels)
-    reference, manifest = small_models.build(variant, tmp_path, precision)
+    reference, manifest = build_model(variant, tmp_path, precision)
     engine = opened(tmp_path, manifest)
 
     Sequences(engine).feed(PROMPT, [330])
@@ -112,15 +123,19 @@ def test_each_variant_answers_as_transformers_does(
 
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Manifest]:
+def small(
+    build_model: BuildModel, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Manifest]:
     folder = tmp_path_factory.mktemp("small")
-    return folder, small_models.build("llama", folder, Precision.INT4)[1]
+    return folder, build_model("llama", folder, Precision.INT4)[1]
 
 
 @pytest.fixture(scope="module")
-def small8(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Manifest]:
+def small8(
+    build_model: BuildModel, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Manifest]:
     folder = tmp_path_factory.mktemp("small8")
-    return folder, small_models.build("odd sizes, o bias, untied", folder, Precision.INT8)[1]
+    return folder, build_model("odd sizes, o bias, untied", folder, Precision.INT8)[1]
 
 
 @pytest.mark.parametrize("kernels", KERNEL_SETS)
@@ -139,16 +154,16 @@ def test_an_answer_does_not_depend_on_its_company(
     alone = sequences.feed(PROMPT[:51], [50, 1])
 
     sequences.feed(PROMPT[:50], [50])
-    rows = [sequences.row(0, PROMPT[50:51], 50, samples=True)]
+    watched = sequences.row(0, PROMPT[50:51], 50, samples=True)
+    rows = [watched]
     for other in range(1, 11):
         sequences.feed(PROMPT[other:60], [60 - other], other)
         ids = PROMPT[100 : 100 + other * 3]
         rows.insert(other % 3, sequences.row(other, ids, 60 - other, samples=True))
     crowded = engine.step(rows)
 
-    place = [row.position for row in rows].index(50)
     assert crowded.shape[0] == len(rows)
-    np.testing.assert_array_equal(crowded[place], alone)
+    np.testing.assert_array_equal(crowded[rows.index(watched)], alone)
 
 
 @pytest.mark.parametrize("kernels", KERNEL_SETS)
@@ -279,7 +294,7 @@ def test_a_missing_weights_file_is_refused(
 def test_weights_of_another_model_are_refused(
     small: tuple[Path, Manifest], small8: tuple[Path, Manifest], opened: Opener
 ) -> None:
-    with pytest.raises(ArtifactTampered, match="model"):
+    with pytest.raises(ArtifactTampered, match="no tensor"):
         opened(small[0], small8[1])
 
 
