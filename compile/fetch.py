@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import zipfile
+from importlib.metadata import version
 from pathlib import Path
 
 from headrace.compile.catalog import Entry
@@ -26,7 +27,8 @@ def fetch_wheel(entry: Entry, folder: Path, progress: Progressing) -> Path:
     command = [
         *(sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-input"),
         *("--no-deps", "--only-binary", ":all:", "--require-hashes", "--no-cache-dir"),
-        *("--progress-bar", "raw", "--dest", str(folder), "--requirement", str(wanted)),
+        *("--progress-bar", _progress_bar(version("pip"))),
+        *("--dest", str(folder), "--requirement", str(wanted)),
     ]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
@@ -52,6 +54,12 @@ def fetch_wheel(entry: Entry, folder: Path, progress: Progressing) -> Path:
             entry.source, f"Its SHA-256 is {found}; the catalog says {entry.wheel_sha256}."
         )
     return wheels[0]
+
+
+def _progress_bar(pip_version: str) -> str:
+    """Pip tells its progress in numbers since 24.1; a venv of Python 3.11 comes with 23.2."""
+    major, minor = (int(part) for part in pip_version.split(".")[:2])
+    return "raw" if (major, minor) >= (24, 1) else "off"
 
 
 def extract_member(wheel: Path, member: str, place: Path, *, bytes_max: int) -> None:

