@@ -6,10 +6,11 @@ quantiser finds that very grid, so that such weights pass through without loss.
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -84,30 +85,25 @@ def quantize_decoder(
     header, slots = _header(file_layout(decoder, precision))
     left = set(expected)
     exact = 0
-    pairs = tensors.items() if isinstance(tensors, Mapping) else tensors
+    pairs: Iterable[tuple[str, Floats]]
+    pairs = tensors.items() if isinstance(tensors, Mapping) else tensors  # type: ignore[assignment]
     try:
-        with out_path.open("wb") as file:
-            file.write(header)
-            for name, tensor in pairs:
-                _check(name, tensor, expected, left)
-                left.discard(name)
-                parts, is_exact = _quantize(name, tensor, precision)
-                exact += is_exact
+        with _reporting_full_disk(out_path, slots), out_path.open("wb", buffering=0) as file:
+            _write_all(file, header)
+        for name, tensor in pairs:
+            _check(name, tensor, expected, left)
+            left.discard(name)
+            parts, is_exact = _quantize(name, tensor, precision)
+            exact += is_exact
+            with _reporting_full_disk(out_path, slots), out_path.open("r+b", buffering=0) as file:
                 for part, array in parts.items():
                     _put(file, len(header), slots[part], array)
-            if left:
-                raise CheckpointUnreadable(
-                    f"The checkpoint has no tensor {min(left)!r} ({len(left)} are missing).",
-                    why="The model's facts say that it must be there.",
-                    fix="Check that every shard of the checkpoint was downloaded.",
-                )
-    except OSError as error:
-        out_path.unlink(missing_ok=True)
-        raise StorageFull(
-            f"{out_path} could not be written: {error.strerror}.",
-            why=f"The quantised weights take {max(s.end for s in slots.values()):,} bytes.",
-            fix="Free space on that disk, or point HEADRACE_HOME at another one.",
-        ) from error
+        if left:
+            raise CheckpointUnreadable(
+                f"The checkpoint has no tensor {min(left)!r} ({len(left)} are missing).",
+                why="The model's facts say that it must be there.",
+                fix="Check that every shard of the checkpoint was downloaded.",
+            )
     except BaseException:
         out_path.unlink(missing_ok=True)
         raise
@@ -134,11 +130,29 @@ def _header(
     return len(text).to_bytes(8, "little") + text, slots
 
 
-def _put(file: BinaryIO, data_begin: int, slot: _Slot, array: Array) -> None:
+@contextmanager
+def _reporting_full_disk(path: Path, slots: Mapping[str, _Slot]) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StorageFull(
+            f"{path} could not be written: {error.strerror}.",
+            why=f"The quantised weights take {max(s.end for s in slots.values()):,} bytes.",
+            fix="Free space on that disk, or point HEADRACE_HOME at another one.",
+        ) from error
+
+
+def _put(file: FileIO, data_begin: int, slot: _Slot, array: Array) -> None:
     assert array.shape == slot.shape
     assert array.dtype == _DTYPES[slot.dtype]
     file.seek(data_begin + slot.begin)
-    file.write(np.ascontiguousarray(array).data)
+    _write_all(file, np.ascontiguousarray(array).data.cast("B"))
+
+
+def _write_all(file: FileIO, content: bytes | memoryview) -> None:
+    left = memoryview(content)
+    while left:
+        left = left[file.write(left) :]
 
 
 def _check(
@@ -241,7 +255,7 @@ def quantize_int4(
     )
     codes = np.where(better[..., None], fitted_codes, codes).reshape(outputs, -1)
     return (
-        codes[:, 0::2] | codes[:, 1::2] << 4,
+        (codes[:, 0::2] | codes[:, 1::2] << 4).astype(np.uint8),
         np.where(better, fitted_scale, scale),
         np.where(better, fitted_low, low),
     )

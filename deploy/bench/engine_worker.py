@@ -10,7 +10,7 @@ import os
 import queue
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from headrace.deploy.bench.peers.worker import closed_loop
@@ -23,27 +23,30 @@ from headrace.serving.engine.sampler import Sampler
 from headrace.serving.tokenizer import Tokenizer
 
 REPORTS_MAX = 1024
-"""Steps that the loop may be ahead of the reader: it is dropped into a queue, never waited for."""
+"""Steps that the loop may be ahead of the reader; then it waits."""
+ENGINE_OPTIONS = ("rows_max", "batch_tokens_max", "prefill_tokens_max", "kv_tokens", "threads")
+"""Of `ModelConfig`: what an engine and its loop are made with."""
 
 
 class Headrace:
     """`EngineLoop` as a `Batcher`."""
 
-    def __init__(self, folder: Path, *, threads: int, rows_max: int, batch_tokens_max: int) -> None:
+    def __init__(self, folder: Path, options: Mapping[str, int]) -> None:
+        limits = dict(options)
+        prefill_tokens_max = limits.pop("prefill_tokens_max")
         began_s = time.monotonic()
-        engine, manifest = load_engine(
-            folder, rows_max=rows_max, batch_tokens_max=batch_tokens_max, threads=threads
-        )
+        engine, manifest = load_engine(folder, **limits)
         self.load_s = time.monotonic() - began_s
         self.version = importlib.metadata.version("headrace")
         self._reports: queue.Queue[StepReport] = queue.Queue(REPORTS_MAX)
         self._loop = EngineLoop(
             engine,
-            Sampler(manifest.decoder.vocab, rows_max, threads=threads),
+            Sampler(manifest.decoder.vocab, limits["rows_max"], threads=limits["threads"]),
             Tokenizer.from_folder(folder, manifest),
             manifest,
             clock=SystemClock(),
             sink=self._reports.put,
+            prefill_tokens_max=prefill_tokens_max,
         )
         self._loop.start()
         self._rounds = 0
@@ -84,12 +87,7 @@ def main() -> None:
     options = json.loads(sys.argv[2])
     said = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # What a library prints must not mix with what we say.
-    engine = Headrace(
-        Path(sys.argv[1]),
-        threads=options["threads"],
-        rows_max=options["rows_max"],
-        batch_tokens_max=options["batch_tokens_max"],
-    )
+    engine = Headrace(Path(sys.argv[1]), options)
     ready: object = {"ready": True, "version": engine.version, "load_s": engine.load_s}
     for message in _messages(ready, engine):
         said.write(json.dumps(message) + "\n")

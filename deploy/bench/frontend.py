@@ -88,7 +88,7 @@ Start = Callable[[float, Path], AbstractAsyncContextManager[Target]]
 
 
 def run(options: Options, home: Path, tell: Tell) -> Report:
-    """Measure the three in turns. One that does not start is left out."""
+    """Measure the three in turns. A turn that fails is left out, and said to be."""
     tell("looking at the machine")
     report = Report(kind="frontend", machine=machine.measure(), roofline={})
     if not report.machine.quiet:
@@ -114,15 +114,15 @@ async def _rounds(
         shift = round_ % len(starts)
         for scenario in options.scenarios:
             for name, start in (*starts[shift:], *starts[:shift]):
-                if name in skipped:
-                    continue
                 log = logs / f"{name.replace(' ', '-')}.log"
                 try:
                     async with start(scenario.tokens_per_s, log) as target:
                         values = await _measure(target, scenario)
                 except ServingError as failure:
-                    skipped[name] = f"{failure.what} {failure.why}"
-                    tell(f"{name} is left out: {failure.what}")
+                    skipped[f"{name}, {scenario.name}, round {round_ + 1}"] = (
+                        f"{failure.what} {failure.why}"
+                    )
+                    tell(f"{name} is left out of this turn: {failure.what}")
                     continue
                 results[scenario.name, name].append(values)
                 tell(

@@ -63,16 +63,17 @@ def run(options: Options, home: Path, tell: Tell) -> Report:
     """Measure everything that can run here; a peer that fails is left out from then on.
 
     Raises:
-        ModelNotFound: no artifact of ours is built.
+        ModelNotFound: no artifact of ours is built, or a peer's name is unknown.
     """
+    skipped: dict[str, str] = {}
+    contenders = assemble(options, home, skipped)
+    folder = first_artifact(home, options.precisions)
     tell("looking at the machine")
     here = machine.measure()
-    folder = first_artifact(home, options.precisions)
-    report = Report(kind="llm", machine=here, roofline={})
-    contenders = assemble(options, home, report.skipped)
+    report = Report(kind="llm", machine=here, roofline={}, skipped=skipped)
     if not here.quiet:
         tell(f"warning: other processes use {here.others_cores:.2f} cores")
-    bench = _Bench(options, _encoder(folder), home, contenders, report.skipped, tell)
+    bench = Bench(options, _encoder(folder), home, contenders, report.skipped, tell)
     asyncio.run(bench.run())
     rooflines = _rooflines(options.precisions, home, here)
     report.roofline = {
@@ -124,7 +125,7 @@ def assemble(options: Options, home: Path, skipped: dict[str, str]) -> list[Cont
     return found
 
 
-class _Bench:
+class Bench:
     """One run. One event loop owns it."""
 
     def __init__(

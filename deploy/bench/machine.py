@@ -21,6 +21,8 @@ from pathlib import Path
 
 from headrace.deploy.bench.procfs import Interference
 from headrace.serving.config import cores
+from headrace.serving.engine.native_library import native_library
+from headrace.serving.errors import EngineFault
 
 PROBE_BYTES = 512 << 20
 """Sixteen times the largest cache at hand, so that it is memory that is read."""
@@ -82,7 +84,7 @@ def measure(threads: Sequence[int] = (1, 2)) -> Machine:
         kernel=platform.release(),
         python=platform.python_version(),
         read_gb_s={str(n): read_gb_s(n) for n in threads},
-        int8_gop_s=None,
+        int8_gop_s=int8_gop_s(max(threads)),
         load_average=os.getloadavg()[0],
         others_cores=others,
     )
@@ -117,6 +119,19 @@ def read_gb_s(threads: int, *, num_bytes: int = PROBE_BYTES, seconds: float = PR
         for reader in readers:
             reader.join()
         return sum(totals) / (time.monotonic() - began_s) / 1e9
+
+
+def int8_gop_s(threads: int) -> float | None:
+    """The best of three short loops of int8 dot products; None where this CPU has none.
+
+    None as well where the native library was not built: bounds then rest on memory alone.
+    """
+    try:
+        probe = native_library().hr_int8_gop_s
+    except (EngineFault, AttributeError):
+        return None
+    probe.restype, probe.argtypes = ctypes.c_double, (ctypes.c_int32,)
+    return max(probe(threads) for _ in range(3)) or None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

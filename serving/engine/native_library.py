@@ -155,6 +155,7 @@ def native_library() -> ctypes.CDLL:
             (c_void_p, c_int32, c_int32, c_int32, *(c_void_p,) * 6),
         ),
         "hr_read_bandwidth": (ctypes.c_double, (c_void_p, c_int64, c_int32)),
+        "hr_int8_gop_s": (ctypes.c_double, (c_int32,)),
     }
     for name, (returns, takes) in signatures.items():
         function = getattr(library, name)

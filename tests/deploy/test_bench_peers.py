@@ -8,7 +8,7 @@ from headrace.deploy.bench.contender import Contender, sit_out
 from headrace.deploy.bench.llm import Options, assemble
 from headrace.deploy.bench.peers import worker
 from headrace.deploy.bench.peers.base import Sources
-from headrace.deploy.bench.peers.headrace import histogram
+from headrace.deploy.bench.peers.headrace import bench_config, histogram, model_config
 from headrace.deploy.bench.peers.in_process import worker_argv
 from headrace.deploy.bench.peers.install import NAMES, peer
 from headrace.deploy.bench.peers.llama_cpp import LlamaCpp
@@ -180,3 +180,29 @@ def test_a_worker_out_of_time_leaves_nothing_running() -> None:
 
     assert len(answers) == 4
     assert engine.running == {}
+
+
+def test_the_engine_is_measured_with_the_limits_it_is_served_with(tmp_path) -> None:
+    """An operator who tunes config.yaml sees the effect in the next benchmark."""
+    (tmp_path / "config.yaml").write_text(
+        "models: [{name: smollm2-135m, precision: int4, replicas: 3, prefill_tokens_max: 64}]"
+    )
+
+    found = model_config(tmp_path, "smollm2-135m", INT8)
+
+    assert (found.prefill_tokens_max, found.precision) == (64, INT8)
+    assert (found.replicas, found.threads) == (1, 2)
+
+
+def test_a_turn_has_a_home_of_its_own_beside_the_users_artifacts(tmp_path) -> None:
+    """Keys and usage of the benchmark never mix with the user's."""
+    home, folder = tmp_path / "home", tmp_path / "turn"
+    for each in (home / "artifacts", home / "names", folder):
+        each.mkdir(parents=True)
+
+    config = bench_config(folder, home, "smollm2-135m", INT4)
+
+    assert config.artifacts_dir.resolve() == home / "artifacts"
+    assert config.ledger_path.parent == folder
+    assert [model.precision for model in config.models] == [INT4]
+    assert config.frontend.grpc_port == 0

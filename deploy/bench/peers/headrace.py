@@ -6,6 +6,7 @@ import sys
 import tempfile
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -14,15 +15,16 @@ import grpc.aio
 
 from headrace.compile.store import Store
 from headrace.deploy.bench import procfs
+from headrace.deploy.bench.engine_worker import ENGINE_OPTIONS
 from headrace.deploy.bench.figures import Answer
 from headrace.deploy.bench.grpc_client import closed_loop, inference_stub
 from headrace.deploy.bench.peers.base import THREADS, Entrant, PeerFailed
-from headrace.deploy.bench.peers.in_process import worker, worker_options
+from headrace.deploy.bench.peers.in_process import worker
 from headrace.deploy.bench.workload import Load
 from headrace.deploy.supervisor import Supervisor
 from headrace.serving.admission.key_store import KeyStore
 from headrace.serving.clock import SystemClock
-from headrace.serving.config import Config
+from headrace.serving.config import Config, ModelConfig
 from headrace.serving.domain.artifact import Precision
 from headrace.serving.errors import ServingError
 from headrace.v1 import inference_pb2_grpc
@@ -134,9 +136,21 @@ class HeadraceEngine:
 
     def start(self, precision: Precision, log: Path) -> AbstractAsyncContextManager[Entrant]:
         folder = Store(self._home).resolve(self._model, precision)
-        options = json.dumps(worker_options(shares_prefix=False))
+        limits = model_config(self._home, self._model, precision)
+        options = json.dumps({name: getattr(limits, name) for name in ENGINE_OPTIONS})
         argv = [sys.executable, "-m", "headrace.deploy.bench.engine_worker", str(folder), options]
         return worker(f"{self.title} {precision}", argv, log, env={})
+
+
+def model_config(home: Path, model: str, precision: Precision) -> ModelConfig:
+    """The model as the user's config.yaml has it, with one replica on our number of threads.
+
+    Raises:
+        ConfigRefused: the file cannot be read.
+    """
+    found = next((each for each in Config.load(home).models if each.name == model), None)
+    limits = found or ModelConfig(name=model)
+    return replace(limits, precision=precision, replicas=1, threads=THREADS)
 
 
 def missing_artifact(home: Path, model: str, precision: Precision) -> str | None:
@@ -148,7 +162,7 @@ def missing_artifact(home: Path, model: str, precision: Precision) -> str | None
 
 
 def bench_config(folder: Path, home: Path, model: str, precision: Precision) -> Config:
-    """A home of its own for one turn: the artifacts are the user's, all else is new.
+    """A home of its own for one turn: artifacts and the model's limits are the user's.
 
     Raises:
         ConfigRefused: the folder cannot be made.
@@ -156,7 +170,7 @@ def bench_config(folder: Path, home: Path, model: str, precision: Precision) -> 
     for name in ("artifacts", "names"):
         (folder / name).symlink_to((home / name).absolute())
     settings = {
-        "models": [{"name": model, "precision": str(precision), "replicas": 1, "threads": THREADS}],
+        "models": [asdict(model_config(home, model, precision))],
         "frontend": {"grpc_port": 0, "http_port": 0, "drain_s": 1.0},
         "directory": {"address": "127.0.0.1:0"},
     }

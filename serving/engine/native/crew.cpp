@@ -104,12 +104,14 @@ bool Crew::open_next() {
                               std::memory_order_release);
     }
     announce((word_.load(std::memory_order_relaxed) + 2) | kRunning);
-    if (done_.fetch_add(1, std::memory_order_acq_rel) + 1 != total_) return true;
+    if (done_.fetch_add(1, std::memory_order_acq_rel) != units) return true;
   }
 }
 
 void Crew::complete() {
-  if (done_.fetch_add(1, std::memory_order_acq_rel) + 1 == total_) open_next();
+  // Read before the unit is given back: after that, the fields may already be the next phase's.
+  const int total = total_;
+  if (done_.fetch_add(1, std::memory_order_acq_rel) + 1 == total) open_next();
 }
 
 void Crew::announce(uint32_t word) {

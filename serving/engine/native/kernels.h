@@ -19,6 +19,8 @@ constexpr int kPanel = 32;
 constexpr int kTileRows = 6;
 // Positions of a KV block: scores of one block fill a 512-bit register.
 constexpr int kPositions = 16;
+// Thresholds that the sampler's search for a mass tries in one pass.
+constexpr int kThresholds = 8;
 // KV blocks whose scores are kept at a time; the softmax is rescaled between such spans.
 constexpr int kSpanBlocks = 16;
 
@@ -101,6 +103,9 @@ struct Attention {
   // Keys of 16 positions as [head_dim / 2][16][2] bf16, then values as [8][head_dim][2].
   const uint16_t* const* blocks;
   int num_blocks;
+  // Those of the task that this thread will probably do next; fetched meanwhile.
+  const uint16_t* const* next_blocks;
+  int num_next_blocks;
   // 1 / sqrt(head_dim) * log2(e).
   float scale;
   // [rows][head_dim]
@@ -128,6 +133,11 @@ struct Kernels {
   int (*argmax)(const float* x, int n);
   // Sum of exp((x - greatest) * factor), in a fixed order.
   double (*sum_exp)(const float* x, int n, float greatest, float factor);
+  // out[i] = exp((x[i] - greatest) * factor); returns their sum, in a fixed order.
+  double (*weigh)(const float* x, int n, float greatest, float factor, float* out);
+  // sums[j]: of the weights whose x is at least thresholds[j], in a fixed order.
+  void (*mass_above)(const float* x, const float* weights, int n,
+                     const float (&thresholds)[kThresholds], double (&sums)[kThresholds]);
   // Indices of values >= threshold, ascending, at most `room`; returns how many there are.
   int (*at_least)(const float* x, int n, float threshold, int* out, int room);
 };
@@ -135,5 +145,7 @@ struct Kernels {
 // Null where this machine, or this build, has none.
 const Kernels* avx512_kernels();
 const Kernels* portable_kernels();
+// A part of the former; in a file of its own.
+void attend_avx512(const Attention& task);
 
 }  // namespace headrace

@@ -1,21 +1,9 @@
-// The kernels for AVX-512 with VNNI (8-bit dot products) and BF16 (attention).
-//
-// Everything that is compiled for AVX-512 is in the anonymous namespace, and no template of the
-// standard library is used below the pragma: an inline function shared with other translation
-// units could otherwise be linked from here and fail on an older CPU.
+// The kernels for AVX-512 with VNNI: 8-bit dot products, quantisation, the sampler's passes.
 #include "kernels.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
 
-#include <cmath>
-#include <cstring>
-
-#pragma GCC push_options
-#pragma GCC target( \
-    "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16,avx2,fma,f16c")
-#include <immintrin.h>
-
-#include "scalar.h"
+#include "vector512.h"
 
 namespace headrace {
 namespace {
@@ -195,10 +183,6 @@ inline void quantize_block(__m512 x0, __m512 x1, int block, const Activations& o
   out.offset[block] = -128 * sum;
 }
 
-inline __mmask16 lanes_left(int left) {
-  return left >= 16 ? 0xffff : left <= 0 ? 0 : static_cast<__mmask16>((1u << left) - 1);
-}
-
 void quantize(const float* x, int n, Activations out) {
   for (int b = 0; b < out.blocks; ++b) {
     const int at = b * kBlock;
@@ -222,22 +206,6 @@ void norm_quantize(const float* x, const float* weight, int n, float eps, Activa
   }
 }
 
-// 2^x for x <= 127; below -126 the result rounds to zero, and NaN is taken for that too.
-// Cody-Waite on the integer part, then a polynomial fitted to 2^f on [-0.5, 0.5]: error 2e-7.
-inline __m512 exp2_ps(__m512 x) {
-  x = _mm512_max_ps(x, _mm512_set1_ps(-200.0f));
-  const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  const __m512 f = _mm512_sub_ps(x, whole);
-  __m512 p = _mm512_set1_ps(1.5403530e-4f);
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.3333558e-3f));
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(9.6181291e-3f));
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(5.5504109e-2f));
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(2.4022651e-1f));
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(6.9314718e-1f));
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.0f));
-  return _mm512_scalef_ps(p, whole);
-}
-
 void silu_quantize(const float* gate, const float* up, int block, Activations out) {
   __m512 v[2];
   for (int j = 0; j < 2; ++j) {
@@ -256,171 +224,6 @@ void to_bf16(const float* x, int n, uint16_t* out) {
     const __mmask16 some = lanes_left(n - i);
     const __m256bh half = _mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(some, x + i));
     _mm256_mask_storeu_epi16(out + i, some, (__m256i)half);
-  }
-}
-
-inline __m512bh pair(const uint16_t* at) {
-  int32_t two;
-  std::memcpy(&two, at, 4);
-  return (__m512bh)_mm512_set1_epi32(two);
-}
-
-inline __m512bh load_bf16(const uint16_t* at) { return (__m512bh)_mm512_loadu_si512(at); }
-
-// Scores of R queries against B blocks of 16 positions.
-template <int R, int B, bool kPrefetch>
-inline void scores_of(const uint16_t* queries, const uint16_t* const* blocks, int ahead, int dim,
-                      float* out) {
-  constexpr int kRowScores = kSpanBlocks * kPositions;
-  __m512 sums[R][B];
-  for (int r = 0; r < R; ++r)
-    for (int b = 0; b < B; ++b) sums[r][b] = _mm512_setzero_ps();
-  for (int d = 0; d < dim; d += 2) {
-    __m512bh keys[B];
-#pragma GCC unroll 4
-    for (int b = 0; b < B; ++b) {
-      keys[b] = load_bf16(blocks[b] + d * kPositions);
-      if (kPrefetch) {
-        // This block's values, and the keys of the block that comes as many blocks later.
-        _mm_prefetch(reinterpret_cast<const char*>(blocks[b] + (dim + d) * kPositions), _MM_HINT_T0);
-        _mm_prefetch(reinterpret_cast<const char*>(blocks[b + ahead] + d * kPositions), _MM_HINT_T0);
-      }
-    }
-#pragma GCC unroll 6
-    for (int r = 0; r < R; ++r) {
-      const __m512bh q = pair(queries + r * dim + d);
-#pragma GCC unroll 4
-      for (int b = 0; b < B; ++b) sums[r][b] = _mm512_dpbf16_ps(sums[r][b], keys[b], q);
-    }
-  }
-  for (int r = 0; r < R; ++r)
-    for (int b = 0; b < B; ++b) _mm512_storeu_ps(out + r * kRowScores + b * kPositions, sums[r][b]);
-}
-
-// Adds weights x values of `count` blocks to 16 * J dimensions of R outputs, after rescaling.
-template <int R, int J>
-inline void add_values(const uint16_t* weights, const uint16_t* const* blocks, int count, int dim,
-                       int first, const float* rescale, float* out) {
-  constexpr int kRowScores = kSpanBlocks * kPositions;
-  __m512 sums[R][J];
-  for (int r = 0; r < R; ++r)
-    for (int j = 0; j < J; ++j)
-      sums[r][j] = _mm512_mul_ps(_mm512_loadu_ps(out + r * dim + first + 16 * j),
-                                 _mm512_set1_ps(rescale[r]));
-  for (int b = 0; b < count; ++b) {
-    const uint16_t* values = blocks[b] + dim * kPositions + first * 2;
-    const uint16_t* w = weights + b * kPositions;
-    for (int p = 0; p < kPositions; p += 2) {
-      __m512bh v[J];
-#pragma GCC unroll 4
-      for (int j = 0; j < J; ++j) v[j] = load_bf16(values + p * dim + j * 32);
-#pragma GCC unroll 6
-      for (int r = 0; r < R; ++r) {
-        const __m512bh two = pair(w + r * kRowScores + p);
-#pragma GCC unroll 4
-        for (int j = 0; j < J; ++j) sums[r][j] = _mm512_dpbf16_ps(sums[r][j], v[j], two);
-      }
-    }
-  }
-  for (int r = 0; r < R; ++r)
-    for (int j = 0; j < J; ++j) _mm512_storeu_ps(out + r * dim + first + 16 * j, sums[r][j]);
-}
-
-// Scores to unnormalised weights (bf16) for one row of a span; returns the rescaling of what was
-// summed before.
-inline float soften(const float* scores, int count, int visible, float scale, float* greatest,
-                    __m512* sums, uint16_t* weights) {
-  const __m512 low = _mm512_set1_ps(-INFINITY);
-  __m512 top = low;
-  for (int b = 0; b < count; ++b)
-    top = _mm512_max_ps(top, _mm512_mask_loadu_ps(low, lanes_left(visible - b * kPositions),
-                                                  scores + b * kPositions));
-  float next = _mm512_reduce_max_ps(top) * scale;
-  next = next > *greatest ? next : *greatest;
-  const float rescale = _mm512_cvtss_f32(exp2_ps(_mm512_set1_ps(*greatest - next)));
-  *greatest = next;
-  const __m512 shift = _mm512_set1_ps(-next);
-  const __m512 factor = _mm512_set1_ps(scale);
-  __m512 sum = _mm512_mul_ps(*sums, _mm512_set1_ps(rescale));
-  for (int b = 0; b < count; ++b) {
-    const __mmask16 some = lanes_left(visible - b * kPositions);
-    const __m512 x = _mm512_fmadd_ps(_mm512_loadu_ps(scores + b * kPositions), factor, shift);
-    const __m256i w = (__m256i)_mm512_cvtneps_pbh(_mm512_maskz_mov_ps(some, exp2_ps(x)));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(weights + b * kPositions), w);
-    // As they were rounded, so that the weights still sum to one.
-    sum = _mm512_add_ps(
-        sum, _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(w), 16)));
-  }
-  *sums = sum;
-  return rescale;
-}
-
-template <int R, bool kPrefetch>
-void attend_rows(const Attention& task, int row) {
-  constexpr int kRowScores = kSpanBlocks * kPositions;
-  constexpr int kTogether = R == 1 ? 8 : R <= 2 ? 4 : R == 3 ? 4 : R == 4 ? 3 : 2;
-  alignas(64) float scores[R * kRowScores];
-  alignas(64) uint16_t weights[R * kRowScores];
-  const int dim = task.head_dim;
-  const uint16_t* queries = task.queries + static_cast<ptrdiff_t>(row) * dim;
-  float* out = task.out + static_cast<ptrdiff_t>(row) * dim;
-  std::memset(out, 0, sizeof(float) * R * dim);
-  float greatest[R];
-  float rescale[R];
-  __m512 sums[R];
-  for (int r = 0; r < R; ++r) {
-    greatest[r] = -INFINITY;
-    sums[r] = _mm512_setzero_ps();
-  }
-  for (int span = 0; span < task.num_blocks; span += kSpanBlocks) {
-    const int left = task.num_blocks - span;
-    const int count = left < kSpanBlocks ? left : kSpanBlocks;
-    const uint16_t* const* blocks = task.blocks + span;
-    int b = 0;
-    for (; b + kTogether <= count; b += kTogether) {
-      const int ahead = b + 2 * kTogether <= left ? kTogether : 0;
-      scores_of<R, kTogether, kPrefetch>(queries, blocks + b, ahead, dim, scores + b * kPositions);
-    }
-    for (; b < count; ++b)
-      scores_of<R, 1, kPrefetch>(queries, blocks + b, b + 1 < left, dim, scores + b * kPositions);
-    for (int r = 0; r < R; ++r)
-      rescale[r] = soften(scores + r * kRowScores, count, task.visible[row + r] - span * kPositions,
-                          task.scale, &greatest[r], &sums[r], weights + r * kRowScores);
-    int d = 0;
-    for (; d + 64 <= dim; d += 64)
-      add_values<R, 4>(weights, blocks, count, dim, d, rescale, out);
-    for (; d < dim; d += 16) add_values<R, 1>(weights, blocks, count, dim, d, rescale, out);
-  }
-  for (int r = 0; r < R; ++r) {
-    const __m512 sum = _mm512_set1_ps(_mm512_reduce_add_ps(sums[r]));
-    for (int d = 0; d < dim; d += 16)
-      _mm512_storeu_ps(out + r * dim + d, _mm512_div_ps(_mm512_loadu_ps(out + r * dim + d), sum));
-  }
-}
-
-template <bool kPrefetch>
-void attend_some(const Attention& task, int row, int rows) {
-  switch (rows) {
-    case 1: return attend_rows<1, kPrefetch>(task, row);
-    case 2: return attend_rows<2, kPrefetch>(task, row);
-    case 3: return attend_rows<3, kPrefetch>(task, row);
-    case 4: return attend_rows<4, kPrefetch>(task, row);
-    case 5: return attend_rows<5, kPrefetch>(task, row);
-    default: return attend_rows<6, kPrefetch>(task, row);
-  }
-}
-
-void attend(const Attention& task) {
-  const int parts = (task.rows + kTileRows - 1) / kTileRows;
-  for (int i = 0; i < parts; ++i) {
-    const int begin = task.rows * i / parts;
-    const int rows = task.rows * (i + 1) / parts - begin;
-    // Only the first part reads keys and values from memory; the others find them in L2.
-    if (i == 0) {
-      attend_some<true>(task, begin, rows);
-    } else {
-      attend_some<false>(task, begin, rows);
-    }
   }
 }
 
@@ -457,6 +260,45 @@ double sum_exp(const float* x, int n, float greatest, float factor) {
   return _mm512_reduce_add_pd(sums);
 }
 
+double weigh(const float* x, int n, float greatest, float factor, float* out) {
+  const __m512 scale = _mm512_set1_ps(factor * 1.44269504f);
+  const __m512 top = _mm512_set1_ps(greatest);
+  __m512d sums = _mm512_setzero_pd();
+  for (int i = 0; i < n; i += 16) {
+    const __mmask16 some = lanes_left(n - i);
+    const __m512 v = _mm512_sub_ps(_mm512_maskz_loadu_ps(some, x + i), top);
+    const __m512 e = _mm512_maskz_mov_ps(some, exp2_ps(_mm512_mul_ps(v, scale)));
+    _mm512_mask_storeu_ps(out + i, some, e);
+    sums = _mm512_add_pd(sums, _mm512_cvtps_pd(_mm512_castps512_ps256(e)));
+    sums = _mm512_add_pd(sums, _mm512_cvtps_pd(_mm512_extractf32x8_ps(e, 1)));
+  }
+  return _mm512_reduce_add_pd(sums);
+}
+
+void mass_above(const float* x, const float* weights, int n,
+                const float (&thresholds)[kThresholds], double (&sums)[kThresholds]) {
+  // Lanes are summed in single precision over so many values at a time, then in double.
+  constexpr int kStretch = 2048;
+  for (double& sum : sums) sum = 0;
+  for (int begin = 0; begin < n; begin += kStretch) {
+    const int end = begin + kStretch < n ? begin + kStretch : n;
+    __m512 partial[kThresholds];
+    for (__m512& sum : partial) sum = _mm512_setzero_ps();
+    for (int i = begin; i < end; i += 16) {
+      const __mmask16 some = lanes_left(end - i);
+      const __m512 value = _mm512_maskz_loadu_ps(some, x + i);
+      const __m512 weight = _mm512_maskz_loadu_ps(some, weights + i);
+#pragma GCC unroll 8
+      for (int j = 0; j < kThresholds; ++j)
+        partial[j] = _mm512_mask_add_ps(
+            partial[j], _mm512_cmp_ps_mask(value, _mm512_set1_ps(thresholds[j]), _CMP_GE_OQ),
+            partial[j], weight);
+    }
+    for (int j = 0; j < kThresholds; ++j)
+      sums[j] += static_cast<double>(_mm512_reduce_add_ps(partial[j]));
+  }
+}
+
 int at_least(const float* x, int n, float threshold, int* out, int room) {
   const __m512 limit = _mm512_set1_ps(threshold);
   int count = 0;
@@ -472,7 +314,8 @@ int at_least(const float* x, int n, float threshold, int* out, int room) {
 
 constexpr Kernels kAvx512 = {
     "avx512", gemm,     norm_quantize, quantize, silu_quantize, rotate_head,
-    to_bf16,  store_kv, attend,        argmax,   sum_exp,       at_least,
+    to_bf16,  store_kv, attend_avx512, argmax,   sum_exp,       weigh,
+    mass_above, at_least,
 };
 
 }  // namespace

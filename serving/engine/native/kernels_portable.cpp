@@ -222,6 +222,22 @@ double sum_exp(const float* x, int n, float greatest, float factor) {
   return sum;
 }
 
+double weigh(const float* x, int n, float greatest, float factor, float* out) {
+  double sum = 0;
+  for (int i = 0; i < n; ++i) {
+    out[i] = std::exp((x[i] - greatest) * factor);
+    sum += out[i];
+  }
+  return sum;
+}
+
+void mass_above(const float* x, const float* weights, int n,
+                const float (&thresholds)[kThresholds], double (&sums)[kThresholds]) {
+  for (double& sum : sums) sum = 0;
+  for (int i = 0; i < n; ++i)
+    for (int j = 0; j < kThresholds; ++j) sums[j] += x[i] >= thresholds[j] ? weights[i] : 0.0f;
+}
+
 int at_least(const float* x, int n, float threshold, int* out, int room) {
   int count = 0;
   for (int i = 0; i < n; ++i) {
@@ -234,7 +250,8 @@ int at_least(const float* x, int n, float threshold, int* out, int room) {
 
 constexpr Kernels kPortable = {
     "portable", gemm,     norm_quantize, quantize, silu_quantize, rotate_head,
-    to_bf16,    store_kv, attend,        argmax,   sum_exp,       at_least,
+    to_bf16,    store_kv, attend,        argmax,   sum_exp,       weigh,
+    mass_above, at_least,
 };
 
 }  // namespace

@@ -11,8 +11,6 @@
 namespace headrace {
 namespace {
 
-int whole(int value, int part) { return (value + part - 1) / part; }
-
 Matrix matrix_of(Arena& arena, Format format, int outputs, int inputs) {
   Matrix m;
   m.format = format;
@@ -72,7 +70,7 @@ Model::Model(const HrConfig& config)
   allocate_buffers(counted);
   buffers_ = Arena(counted.used());
   allocate_buffers(buffers_);
-  block_pointers_.resize(static_cast<size_t>(config_.threads) * blocks_of_sequence_);
+  block_pointers_.resize(static_cast<size_t>(config_.threads) * 2 * blocks_of_sequence_);
   positions_.reserve(config_.batch_tokens_max);
   row_of_.reserve(config_.batch_tokens_max);
   tiles_.reserve(config_.batch_tokens_max);

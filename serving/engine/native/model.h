@@ -12,6 +12,9 @@
 
 namespace headrace {
 
+// value / part, rounded up.
+inline int whole(int value, int part) { return (value + part - 1) / part; }
+
 // Steps of at most so many tokens are normed by each thread for itself: less work than a phase.
 constexpr int kLocalNormTokens = 2;
 constexpr int kOptional = -1;
@@ -91,6 +94,7 @@ class Model final : private Job {
   void gate_up(const Layer& layer, const Activations& input, int panel, int thread);
   void rotate(int layer, int unit);
   void attend(int layer, int unit, int thread);
+  int blocks_of(int layer, int unit, const uint16_t** out) const;
   void store_token(int layer, const HrRow& row, int token, int kv_head);
   uint16_t* block_at(int layer, int block, int kv_head) const;
 
@@ -123,7 +127,7 @@ class Model final : private Job {
   Activations attended_codes_;
   Activations mlp_;
   std::vector<Scratch> scratch_;
-  std::vector<const uint16_t*> block_pointers_;  // [thread][blocks of a sequence]
+  std::vector<const uint16_t*> block_pointers_;  // [thread][this task, next][blocks of a sequence]
   int blocks_of_sequence_;
 
   // The step that runs.

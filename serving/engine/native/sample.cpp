@@ -16,6 +16,8 @@ constexpr float kTemperatureMin = 1e-5f;
 constexpr int kRowsForCrew = 3;
 // Logits whose sums are formed at a time when a draw is over the whole vocabulary.
 constexpr int kSumBlock = 1024;
+// Each encloses the wanted mass nine times closer: 100 becomes 0.02 after the fourth.
+constexpr int kMassPasses = 4;
 constexpr float kLow = -std::numeric_limits<float>::infinity();
 
 uint64_t mix(uint64_t x) {  // splitmix64's finaliser (Steele, Lea and Flood, 2014)
@@ -45,26 +47,6 @@ void drop_if(std::vector<int>& ids, Condition condition) {
   ids.erase(std::remove_if(ids.begin(), ids.end(), condition), ids.end());
 }
 
-// Sorts so that the first n of `ids` are the fewest likeliest whose weights reach `wanted`, and
-// returns n; all of them if they do not. Expected time is linear.
-int fewest(std::vector<int>& ids, const float* x, float top, float factor, double wanted) {
-  auto begin = ids.begin();
-  auto end = ids.end();
-  while (end - begin > 1) {
-    const auto middle = begin + (end - begin) / 2;
-    std::nth_element(begin, middle, end, Likelier{x});
-    double mass = 0;
-    for (auto i = begin; i != middle; ++i) mass += weight_of(x[*i], top, factor);
-    if (mass >= wanted) {
-      end = middle;
-    } else {
-      wanted -= mass;
-      begin = middle;
-    }
-  }
-  return static_cast<int>(begin - ids.begin()) + (begin == ids.end() ? 0 : 1);
-}
-
 }  // namespace
 
 SamplerCrew::SamplerCrew(int threads, int kernels)
@@ -77,6 +59,7 @@ const char* SamplerCrew::sample(const SampleBatch& batch) {
   broken_.assign(batch.rows, 0);
   for (Scratch& own : scratch_) {
     own.changed.resize(batch.vocab);
+    own.weights.resize(batch.vocab);
     own.ids.reserve(batch.vocab);
     own.order.reserve(batch.vocab);
     own.sums.reserve(batch.vocab / kSumBlock + 1);
@@ -161,11 +144,12 @@ int SamplerCrew::choose(const float* x, int greatest, const HrSampling& p, Scrat
   if (!top_k && !(p.top_p < 1.0f) && !(p.min_p > 0.0f))
     return draw_all(x, top, factor, chance, own);
   keep_likeliest(x, top, factor, p, own);
+  const std::vector<float>& weights = own->weights;
   double total = 0;
-  for (int id : own->ids) total += weight_of(x[id], top, factor);
+  for (int id : own->ids) total += weights[id];
   double left = chance * total;
   for (int id : own->ids) {
-    left -= weight_of(x[id], top, factor);
+    left -= weights[id];
     if (left < 0) return id;
   }
   return own->ids.back();
@@ -200,51 +184,102 @@ int SamplerCrew::draw_all(const float* x, float top, float factor, double chance
   return last;
 }
 
-// Leaves in own->ids, ascending, what top_k, top_p and min_p keep.
+// Leaves in own->ids, ascending, what top_k, top_p and min_p keep; and in own->weights each
+// token's exp((x - top) * factor).
 void SamplerCrew::keep_likeliest(const float* x, float top, float factor, const HrSampling& p,
                                  Scratch* own) const {
   const int vocab = batch_.vocab;
+  double total = kernels_->weigh(x, vocab, top, factor, own->weights.data());
   const bool top_k = p.top_k > 0 && p.top_k < vocab;
-  // A first guess at how far below the greatest a kept logit may lie; deepened while too few.
-  float depth = 4.0f / factor;
+  const bool top_p = p.top_p < 1.0f;
   if (top_k) {
-    gather(x, top, depth, p.top_k, own);
-    if (static_cast<int>(own->ids.size()) > p.top_k) {
-      own->order = own->ids;
-      std::nth_element(own->order.begin(), own->order.begin() + p.top_k - 1, own->order.end(),
-                       Likelier{x});
-      const float least = x[own->order[p.top_k - 1]];
-      drop_if(own->ids, [x, least](int id) { return x[id] < least; });
-    }
+    keep_top_k(x, top, factor, p.top_k, own);
+    total = 0;
+    for (int id : own->ids) total += own->weights[id];
   }
-  if (p.top_p < 1.0f) {
-    double total = 0;
-    if (top_k) {
-      for (int id : own->ids) total += weight_of(x[id], top, factor);
-    } else {
-      total = kernels_->sum_exp(x, vocab, top, factor);
-    }
-    const double wanted = total * static_cast<double>(p.top_p);
-    for (;; depth *= 2) {
-      if (!top_k) gather(x, top, depth, 1, own);
-      double mass = 0;
-      for (int id : own->ids) mass += weight_of(x[id], top, factor);
-      // Beyond 100 the weights are below 1e-43: there is no more mass to find.
-      if (top_k || mass >= wanted || depth * factor > 100.0f) break;
-    }
-    own->order = own->ids;
-    const int count = fewest(own->order, x, top, factor, wanted);
-    const int cut = own->order[count - 1];
-    const Likelier likelier{x};
-    drop_if(own->ids, [&likelier, cut](int id) { return likelier(cut, id); });
-  }
+  const double wanted = total * static_cast<double>(p.top_p);
+  if (top_p && top_k) keep_mass_of_ids(x, wanted, own);
+  if (top_p && !top_k) keep_mass(x, top, factor, wanted, own);
   if (p.min_p > 0.0f) {
     const float least = top + std::log(p.min_p) / factor;
-    if (!top_k && !(p.top_p < 1.0f)) {
-      gather(x, top, top - least, 1, own);
-    } else {
+    if (top_k || top_p) {
       drop_if(own->ids, [x, least](int id) { return x[id] < least; });
+    } else {
+      gather(x, top, top - least, 1, own);
     }
+  }
+}
+
+void SamplerCrew::keep_top_k(const float* x, float top, float factor, int count,
+                             Scratch* own) const {
+  // A first guess at how far below the greatest a kept logit may lie; gather() deepens it.
+  gather(x, top, 4.0f / factor, count, own);
+  if (static_cast<int>(own->ids.size()) <= count) return;
+  own->order = own->ids;
+  std::nth_element(own->order.begin(), own->order.begin() + count - 1, own->order.end(),
+                   Likelier{x});
+  const float least = x[own->order[count - 1]];
+  drop_if(own->ids, [x, least](int id) { return x[id] < least; });
+}
+
+// Of own->ids, the fewest likeliest whose weights reach `wanted`; for short lists.
+void SamplerCrew::keep_mass_of_ids(const float* x, double wanted, Scratch* own) const {
+  own->order = own->ids;
+  const Likelier likelier{x};
+  std::sort(own->order.begin(), own->order.end(), likelier);
+  double mass = 0;
+  for (int cut : own->order) {
+    mass += own->weights[cut];
+    if (mass < wanted) continue;
+    drop_if(own->ids, [&likelier, cut](int id) { return likelier(cut, id); });
+    return;
+  }
+}
+
+// The same of the whole vocabulary, without sorting it: the logit at which the mass is reached is
+// enclosed by passes that each try several thresholds, until few tokens lie between.
+void SamplerCrew::keep_mass(const float* x, float top, float factor, double wanted,
+                            Scratch* own) const {
+  const int vocab = batch_.vocab;
+  // Weights from `high` on sum to `mass`, less than wanted; those from `low` on reach it, or `low`
+  // is so deep that what lies below it has no weight.
+  float high = std::nextafter(top, std::numeric_limits<float>::infinity());
+  float low = top - 100.0f / factor;
+  double mass = 0;
+  for (int pass = 0; pass < kMassPasses; ++pass) {
+    float thresholds[kThresholds];
+    double sums[kThresholds];
+      for (int j = 0; j < kThresholds; ++j) {
+      // At first by halves: masses fall off exponentially with depth.
+      const float part = pass == 0 ? std::exp2(static_cast<float>(-1 - j))
+                                   : 1.0f - static_cast<float>(j + 1) / (kThresholds + 1);
+      thresholds[j] = high - (high - low) * part;
+    }
+    kernels_->mass_above(x, own->weights.data(), vocab, thresholds, sums);
+    float next_low = low;
+    for (int j = 0; j < kThresholds; ++j) {
+      if (sums[j] >= wanted) {
+        next_low = std::max(next_low, thresholds[j]);
+      } else if (thresholds[j] < high) {
+        high = thresholds[j];
+        mass = sums[j];
+      }
+    }
+    low = next_low;
+  }
+  low = std::min(low, top);
+  own->ids.resize(vocab);
+  own->ids.resize(kernels_->at_least(x, vocab, low, own->ids.data(), vocab));
+  own->order.clear();
+  for (int id : own->ids)
+    if (x[id] < high) own->order.push_back(id);
+  const Likelier likelier{x};
+  std::sort(own->order.begin(), own->order.end(), likelier);
+  for (int cut : own->order) {
+    mass += own->weights[cut];
+    if (mass < wanted) continue;
+    drop_if(own->ids, [&likelier, cut](int id) { return likelier(cut, id); });
+    return;
   }
 }
 

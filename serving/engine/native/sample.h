@@ -34,6 +34,7 @@ class SamplerCrew final : private Job {
     std::vector<int> ids;
     std::vector<int> order;
     std::vector<double> sums;
+    std::vector<float> weights;
   };
 
   int phases() const override { return 1; }
@@ -45,6 +46,9 @@ class SamplerCrew final : private Job {
   int draw_all(const float* x, float top, float factor, double chance, Scratch* own) const;
   void keep_likeliest(const float* x, float top, float factor, const HrSampling& p,
                       Scratch* own) const;
+  void keep_top_k(const float* x, float top, float factor, int count, Scratch* own) const;
+  void keep_mass(const float* x, float top, float factor, double wanted, Scratch* own) const;
+  void keep_mass_of_ids(const float* x, double wanted, Scratch* own) const;
   void gather(const float* x, float top, float depth, int wanted, Scratch* own) const;
   void report(int row, int greatest, Scratch* own) const;
 

@@ -200,6 +200,19 @@ def test_an_answer_does_not_depend_on_the_number_of_threads(
     np.testing.assert_array_equal(answers[2], answers[0])
 
 
+def test_an_answer_does_not_depend_on_preempted_threads(
+    small8: tuple[Path, Manifest], opened: Opener
+) -> None:
+    """Eight threads on fewer cores are stopped anywhere. A thread that was stopped between giving
+    back its last unit of a phase and asking whether it was the phase's last once opened a phase
+    twice: one answer in thirty was wrong on a busy machine."""
+    sequences = Sequences(opened(*small8, threads=8))
+    expected = sequences.feed(PROMPT[:300], [300])
+
+    for _ in range(20):
+        np.testing.assert_array_equal(sequences.feed(PROMPT[:300], [1] * 300), expected)
+
+
 @pytest.mark.skipif(not HAS_AVX512, reason="this CPU has no AVX512-BF16 to compare with")
 @pytest.mark.parametrize("model", ["small", "small8"])
 def test_both_kernel_sets_agree(

@@ -323,7 +323,7 @@ def kept_by(logits: Floats, sampling: Sampling) -> set[int]:
     spread=st.sampled_from([0.05, 1.0, 4.0, 30.0]),
     temperature=st.sampled_from([0.2, 1.0, 1.7]),
     top_k=st.sampled_from([0, 1, 5, 40, 299, 1000]),
-    top_p=st.sampled_from([0.01, 0.3, 0.9, 0.999, 1.0]),
+    top_p=st.sampled_from([1e-9, 0.01, 0.3, 0.9, 0.999, 1.0]),
     min_p=st.sampled_from([0.0, 0.05, 0.9]),
 )
 def test_nothing_outside_the_rules_is_ever_drawn(
