@@ -71,5 +71,17 @@ def test_a_rollout_adds_one_replica_at_a_time() -> None:
 
 
 def test_versions_are_the_same_in_every_process() -> None:
-    """A control process that starts again must not replace healthy replicas."""
-    assert plans(CHAT)["chat"].engine.version == "e00f574c1fabf8fb"
+    """A control process that starts again must not replace healthy replicas.
+
+    Every setting is named here, so that a new default is no new version of this plan.
+    """
+    model = ModelConfig(
+        name="chat",
+        rows_max=32,
+        batch_tokens_max=512,
+        prefill_tokens_max=256,
+        kv_tokens=32_768,
+        waiting_max=256,
+        threads=1,
+    )
+    assert plans(model)["chat"].engine.version == "e00f574c1fabf8fb"
