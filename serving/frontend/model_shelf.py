@@ -65,11 +65,7 @@ class ModelShelf:
         if known is not None:
             self._loaded.move_to_end(version)
             return known
-        task = self._loading.get(version)
-        if task is None:
-            task = asyncio.get_running_loop().create_task(self._fill(facts))
-            self._loading[version] = task
-            task.add_done_callback(lambda _: self._loading.pop(version, None))
+        task = self._loading.get(version) or self._begin(facts)
         # Shielded: the caller that came first may hang up, the others still wait for it.
         try:
             return await asyncio.shield(task)
@@ -88,20 +84,14 @@ class ModelShelf:
         self._expected[version] = None
         while len(self._expected) > VERSIONS_MAX:
             self._expected.popitem(last=False)
-        if version in self._loaded or version in self._loading:
-            return
-        task = asyncio.get_running_loop().create_task(self._fill(facts))
-        self._loading[version] = task
-        task.add_done_callback(self._expected_came)
+        if version not in self._loaded and version not in self._loading:
+            self._begin(facts).add_done_callback(_note_defect)
 
-    def _expected_came(self, task: "asyncio.Task[LoadedModel]") -> None:
-        for version, loading in tuple(self._loading.items()):
-            if loading is task:
-                del self._loading[version]
-        # What _fill refuses it has logged; whoever asks for that version next tries again.
-        error = None if task.cancelled() else task.exception()
-        if error is not None and not isinstance(error, ArtifactError):
-            log.crashed(during="loading a tokenizer", error=error)
+    def _begin(self, facts: ReplicaFacts) -> "asyncio.Task[LoadedModel]":
+        task = asyncio.get_running_loop().create_task(self._fill(facts))
+        self._loading[facts.version] = task
+        task.add_done_callback(lambda _: self._loading.pop(facts.version, None))
+        return task
 
     async def _fill(self, facts: ReplicaFacts) -> LoadedModel:
         loop = asyncio.get_running_loop()
@@ -114,3 +104,10 @@ class ModelShelf:
         while len(self._loaded) > VERSIONS_MAX:
             self._loaded.popitem(last=False)
         return model
+
+
+def _note_defect(task: "asyncio.Task[LoadedModel]") -> None:
+    """Nobody awaits what is loaded ahead. Refusals are logged by then; a defect is logged here."""
+    error = None if task.cancelled() else task.exception()
+    if error is not None and not isinstance(error, ArtifactError):
+        log.crashed(during="loading a tokenizer", error=error)

@@ -106,6 +106,20 @@ def test_it_does_not_wait_for_ever() -> None:
     play(act, replica_wait_s=0.01)
 
 
+def test_an_answer_under_way_waits_longer_for_the_lost_replica_s_successor() -> None:
+    """With one replica, the default, its successor is all there is to go on with."""
+
+    async def act(story: Story) -> None:
+        placing = asyncio.create_task(story.fleet.place(REQUEST, without={"lost"}))
+        with pytest.raises(Overloaded):
+            await story.fleet.place(REQUEST)
+        story.fleet.update([await story.starts()])
+
+        assert (await placing).replica.replica_id == "r0"
+
+    play(act, replica_wait_s=0.01)
+
+
 def test_nor_past_its_deadline() -> None:
     async def act(story: Story) -> None:
         late = replace(REQUEST, deadline_ms=SystemClock().monotonic_ms() + 10)

@@ -51,6 +51,22 @@ def test_a_burst_of_requests_loads_a_tokenizer_once(tmp_path: Path) -> None:
     assert load.loaded == ["v1"]
 
 
+def test_an_announced_version_is_loaded_before_the_first_request(tmp_path: Path) -> None:
+    """Replicas announce themselves every second; one look at the artifact is enough."""
+    write_tiny_artifact(tmp_path, tiny_manifest())
+    load = Loader()
+
+    async def story() -> None:
+        with ThreadPoolExecutor(2) as pool:
+            shelf = ModelShelf(pool, load=load)
+            shelf.expect(facts(tmp_path))
+            shelf.expect(facts(tmp_path))
+            await asyncio.sleep(0)
+
+    asyncio.run(story())
+    assert load.loaded == ["v1"]
+
+
 def test_old_versions_leave_the_shelf(tmp_path: Path) -> None:
     write_tiny_artifact(tmp_path, tiny_manifest())
     load = Loader()
