@@ -8,6 +8,11 @@
   x Unauthenticated         UNAUTHENTICATED      no key, or an unknown one
   x PermissionDenied        PERMISSION_DENIED    a known key that may not do this
   x AlreadyServed           ALREADY_EXISTS       this request_id was used before
+  x IdempotencyConflict     ALREADY_EXISTS       this idempotency key came with another request
+  x QuotaExceeded           RESOURCE_EXHAUSTED   a rate of the caller's: retry after the time given
+  x ConcurrencyExceeded     RESOURCE_EXHAUSTED   too many of the caller's requests at once
+  x BudgetExhausted         RESOURCE_EXHAUSTED   the caller's money is spent; waiting may not help
+  x TierUnavailable         RESOURCE_EXHAUSTED   the tier's capacity is taken
   x MessageTooLarge         RESOURCE_EXHAUSTED   the message exceeds this server's limit
   x Overloaded              UNAVAILABLE          our limit: retry later or elsewhere
   x Draining                UNAVAILABLE          this frontend is shutting down
@@ -16,6 +21,12 @@
   x EngineFault             INTERNAL             the device failed under the request
   x ConfigRefused           FAILED_PRECONDITION  the configuration or the home folder is not usable
   x KeyNotFound             NOT_FOUND            no API key has this id
+  x AccountNotFound         NOT_FOUND            no such organisation, project, budget or batch
+  x AccountExists           ALREADY_EXISTS       the name is taken
+  x UnknownUnit             INVALID_ARGUMENT     nothing is counted in this unit
+  x AmountOutOfRange        INVALID_ARGUMENT     a quantity or sum that cannot be recorded
+  x MeterLogDamaged         FAILED_PRECONDITION  the meter log has a gap, a flipped bit or a fork
+  x LedgerUnavailable       UNAVAILABLE          the ledger's database does not answer
   * ArtifactError           FAILED_PRECONDITION  a model cannot be loaded or built
     x CheckpointUnreadable  FAILED_PRECONDITION  a truncated, foreign or unsafe checkpoint
     x ArtifactTampered      FAILED_PRECONDITION  a file differs from its manifest
@@ -108,6 +119,53 @@ class AlreadyServed(ServingError):
     reason = "ALREADY_SERVED"
 
 
+class IdempotencyConflict(ServingError):
+    code = Code.ALREADY_EXISTS
+    reason = "IDEMPOTENCY_CONFLICT"
+
+
+class LimitExceeded(ServingError):
+    """A limit of the caller's own, named so that a client can act on it."""
+
+    code = Code.RESOURCE_EXHAUSTED
+    reason = "LIMIT_EXCEEDED"
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        why: str,
+        fix: str,
+        metric: str = "",
+        limit: int = 0,
+        subject: str = "",
+        field: str | None = None,
+        retry_after_ms: int | None = None,
+    ) -> None:
+        super().__init__(what, why=why, fix=fix, field=field, retry_after_ms=retry_after_ms)
+        self.metric = metric
+        """What is limited, for example `output_tokens_per_min`."""
+        self.limit = limit
+        self.subject = subject
+        """Whose limit it is, for example `project:acme/search`."""
+
+
+class QuotaExceeded(LimitExceeded):
+    reason = "QUOTA_EXCEEDED"
+
+
+class ConcurrencyExceeded(LimitExceeded):
+    reason = "CONCURRENCY_EXCEEDED"
+
+
+class BudgetExhausted(LimitExceeded):
+    reason = "BUDGET_EXHAUSTED"
+
+
+class TierUnavailable(LimitExceeded):
+    reason = "TIER_UNAVAILABLE"
+
+
 class MessageTooLarge(ServingError):
     code = Code.RESOURCE_EXHAUSTED
     reason = "MESSAGE_TOO_LARGE"
@@ -146,6 +204,34 @@ class ConfigRefused(ServingError):
 class KeyNotFound(ServingError):
     code = Code.NOT_FOUND
     reason = "KEY_NOT_FOUND"
+
+
+class AccountNotFound(ServingError):
+    code = Code.NOT_FOUND
+    reason = "ACCOUNT_NOT_FOUND"
+
+
+class AccountExists(ServingError):
+    code = Code.ALREADY_EXISTS
+    reason = "ACCOUNT_EXISTS"
+
+
+class UnknownUnit(InvalidRequest):
+    reason = "UNKNOWN_UNIT"
+
+
+class AmountOutOfRange(InvalidRequest):
+    reason = "AMOUNT_OUT_OF_RANGE"
+
+
+class MeterLogDamaged(ServingError):
+    code = Code.FAILED_PRECONDITION
+    reason = "METER_LOG_DAMAGED"
+
+
+class LedgerUnavailable(ServingError):
+    code = Code.UNAVAILABLE
+    reason = "LEDGER_UNAVAILABLE"
 
 
 class ArtifactError(ServingError):

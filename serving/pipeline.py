@@ -16,7 +16,7 @@ from headrace.serving import log
 from headrace.serving.clock import Clock
 from headrace.serving.domain.generate import Chunk, Generate, Settled
 from headrace.serving.domain.record import Caller, Opening, Settlement
-from headrace.serving.domain.usage import Outcome, Price, Usage
+from headrace.serving.domain.usage import Outcome, Price, Usage, nano_of
 from headrace.serving.errors import (
     DeadlineExceeded,
     Draining,
@@ -35,6 +35,7 @@ ATTEMPTS_MAX = 3
 
 CHARGED: Mapping[Outcome, bool] = {
     Outcome.OK: True,
+    Outcome.BUDGET: True,
     # What was delivered. Before the first token that is nothing, the prompt included.
     Outcome.CANCELLED: True,
     Outcome.DEADLINE: True,
@@ -42,6 +43,7 @@ CHARGED: Mapping[Outcome, bool] = {
     # Faults of ours are free, even after part of the answer was delivered.
     Outcome.FAILED: False,
     Outcome.REJECTED: False,
+    Outcome.EXPIRED: False,
 }
 """The charge policy: whether the delivered usage is charged, by how the request ended."""
 
@@ -290,7 +292,7 @@ class Pipeline:
                 request_id=record_id,
                 usage=Usage(),
                 outcome=refusal.ending,
-                charge_nano=0,
+                charge_femto=0,
                 version="",
                 first_token_unix_ms=None,
                 settled_unix_ms=now_ms,
@@ -325,14 +327,15 @@ class Pipeline:
 
     async def _write_settlement(self, run: Run, ending: Outcome) -> int:
         request, usage = run.request, run.tally.usage
-        charge_nano = request.price.charge_nano(usage) if CHARGED[ending] else 0
+        charge_femto = request.price.charge_femto(usage) if CHARGED[ending] else 0
+        charge_nano = nano_of(charge_femto)
         await self._meter.settle(
             Settlement(
                 tenant_id=request.caller.tenant_id,
                 request_id=request.request_id,
                 usage=usage,
                 outcome=ending,
-                charge_nano=charge_nano,
+                charge_femto=charge_femto,
                 version=run.placement.replica.version,
                 first_token_unix_ms=run.first_token_unix_ms,
                 settled_unix_ms=self._clock.unix_ms(),

@@ -2,16 +2,20 @@
 
 from dataclasses import dataclass
 
-from headrace.serving.domain.usage import Outcome, Price, Usage
+from headrace.serving.domain.tier import Receipt, Tier
+from headrace.serving.domain.usage import Outcome, Price, Usage, nano_of
+
+DEFAULT_PROJECT = "default"
 
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who a key belongs to."""
+    """Who a key belongs to: organisation (the tenant, who is charged), project, key."""
 
     tenant_id: str
     key_id: str
     """Public part of the key, safe to log."""
+    project_id: str = DEFAULT_PROJECT
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +30,13 @@ class Opening:
     price: Price
     """Frozen here: a price that changes while the request runs does not touch it."""
     accepted_unix_ms: int
+    project_id: str = DEFAULT_PROJECT
+    tier: Tier = Tier.STANDARD
+    """As asked; the settlement says which one served."""
+    hold_femto: int = 0
+    """Most that the request may cost: its exact input and all the output it may have."""
+    idempotency_digest: bytes = b""
+    """Of the tenant's idempotency key; empty when none was given."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,12 +48,36 @@ class Settlement:
     usage: Usage
     """What was delivered, whatever was charged for it."""
     outcome: Outcome
-    charge_nano: int
+    charge_femto: int
+    """Exact; the ledger adds these up."""
     version: str
     """The artifact that delivered the last token: a rolling upgrade may have changed it."""
     first_token_unix_ms: int | None
     settled_unix_ms: int
     replicas_tried: int = 1
+    receipt: Receipt | None = None
+    """None for work that no tier promises anything about."""
+
+    @property
+    def charge_nano(self) -> int:
+        """What the caller was shown."""
+        return nano_of(self.charge_femto)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refused:
+    """A request that ended before it was opened: one event, nothing charged."""
+
+    tenant_id: str
+    request_id: str
+    """With a suffix that no caller can send: the id itself stays free for the retry."""
+    key_id: str
+    model: str
+    price: Price
+    outcome: Outcome
+    refused_unix_ms: int
+    project_id: str = DEFAULT_PROJECT
+    tier: Tier = Tier.STANDARD
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,9 +92,13 @@ class UsageRecord:
     usage: Usage
     outcome: Outcome
     charge_nano: int
+    """`charge_femto`, rounded up."""
     currency: str
     price_version: str
     accepted_unix_ms: int
     first_token_unix_ms: int | None
     settled_unix_ms: int | None
     replicas_tried: int
+    project_id: str = DEFAULT_PROJECT
+    charge_femto: int = 0
+    receipt: Receipt | None = None

@@ -216,7 +216,7 @@ def usage_row(key: RequestKey, usage: Usage) -> list[str | int | None]:
 
 def settlement_row(settlement: Settlement) -> list[str | int | None]:
     assert settlement.outcome is not Outcome.OPEN
-    assert settlement.charge_nano >= 0
+    assert settlement.charge_femto >= 0
     return _sound(
         *usage_row((settlement.tenant_id, settlement.request_id), settlement.usage),
         settlement.outcome.value,
@@ -249,7 +249,7 @@ def recovered_charge(row: Sequence[str | int]) -> int:
     `row` is of SELECT_OPEN_OF, after its first column.
     """
     currency, version, prompt, cached, completion, *tokens = row
-    price = Price(
+    price = Price.text(
         currency=str(currency),
         version=str(version),
         prompt_nano_per_mtok=int(prompt),

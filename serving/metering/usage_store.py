@@ -186,7 +186,7 @@ class UsageStore(UsageReader):
             request_id=opening.request_id,
             usage=Usage(),
             outcome=Outcome.CANCELLED,
-            charge_nano=0,
+            charge_femto=0,
             version=opening.version,
             first_token_unix_ms=None,
             settled_unix_ms=self._clock.unix_ms(),

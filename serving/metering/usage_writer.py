@@ -290,7 +290,7 @@ class Writer:
         """Nothing of this batch is stored. Its settlements wait for better times, uncharged."""
         for event in batch:
             if (end := event.settlement) is not None:
-                uncharged = replace(end, outcome=Outcome.FAILED, charge_nano=0)
+                uncharged = replace(end, outcome=Outcome.FAILED, charge_femto=0)
                 self._late[end.tenant_id, end.request_id] = uncharged
         self.metrics.meter_refused(events=sum(event.finish is not None for event in batch))
         _answer(batch, {event: unavailable(self._why) for event in batch})

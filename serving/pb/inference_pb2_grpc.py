@@ -37,13 +37,24 @@ class InferenceStub:
     PROMPT_TOO_LONG     INVALID_ARGUMENT     prompt + max_tokens exceed the model's context
     MODEL_NOT_FOUND     NOT_FOUND            no such model is served here
     UNAUTHENTICATED     UNAUTHENTICATED      the key is missing, revoked or unknown
+    PERMISSION_DENIED   PERMISSION_DENIED    the key's scope leaves this model, tier or method out
     ALREADY_SERVED      ALREADY_EXISTS       this request_id was used before
+    IDEMPOTENCY_CONFLICT  ALREADY_EXISTS     this idempotency key came with another request
+    QUOTA_EXCEEDED      RESOURCE_EXHAUSTED   a rate of yours; QuotaFailure says which, RetryInfo when
+    CONCURRENCY_EXCEEDED  RESOURCE_EXHAUSTED  too many of your requests at once
+    BUDGET_EXHAUSTED    RESOURCE_EXHAUSTED   your money budget is spent; waiting may not help
+    TIER_UNAVAILABLE    RESOURCE_EXHAUSTED   the capacity of this tier is taken
     MESSAGE_TOO_LARGE   RESOURCE_EXHAUSTED   the message exceeds the limit of this server
     OVERLOADED          UNAVAILABLE          our limit; retry after RetryInfo, with jitter
     DRAINING            UNAVAILABLE          this frontend is shutting down; retry elsewhere
     DEADLINE_EXCEEDED   DEADLINE_EXCEEDED    the deadline passed; tokens already sent are charged
     METER_UNAVAILABLE   UNAVAILABLE          usage cannot be recorded, so no work is accepted
     ENGINE_FAULT        INTERNAL             every replica failed under the request; not charged
+
+    Metadata that a call may carry: `idempotency-key` (1 to 128 printable characters, per tenant, kept
+    for 24 h): the same key with the same request answers with the original result, once charged, and
+    attaches to it while it runs. Initial metadata that answers carry: `x-ratelimit-limit-requests`,
+    `-remaining-requests`, `-reset-requests` and the same with `-tokens`, where a limit applies.
     """
 
     def __init__(self, channel):
@@ -91,13 +102,24 @@ class InferenceServicer:
     PROMPT_TOO_LONG     INVALID_ARGUMENT     prompt + max_tokens exceed the model's context
     MODEL_NOT_FOUND     NOT_FOUND            no such model is served here
     UNAUTHENTICATED     UNAUTHENTICATED      the key is missing, revoked or unknown
+    PERMISSION_DENIED   PERMISSION_DENIED    the key's scope leaves this model, tier or method out
     ALREADY_SERVED      ALREADY_EXISTS       this request_id was used before
+    IDEMPOTENCY_CONFLICT  ALREADY_EXISTS     this idempotency key came with another request
+    QUOTA_EXCEEDED      RESOURCE_EXHAUSTED   a rate of yours; QuotaFailure says which, RetryInfo when
+    CONCURRENCY_EXCEEDED  RESOURCE_EXHAUSTED  too many of your requests at once
+    BUDGET_EXHAUSTED    RESOURCE_EXHAUSTED   your money budget is spent; waiting may not help
+    TIER_UNAVAILABLE    RESOURCE_EXHAUSTED   the capacity of this tier is taken
     MESSAGE_TOO_LARGE   RESOURCE_EXHAUSTED   the message exceeds the limit of this server
     OVERLOADED          UNAVAILABLE          our limit; retry after RetryInfo, with jitter
     DRAINING            UNAVAILABLE          this frontend is shutting down; retry elsewhere
     DEADLINE_EXCEEDED   DEADLINE_EXCEEDED    the deadline passed; tokens already sent are charged
     METER_UNAVAILABLE   UNAVAILABLE          usage cannot be recorded, so no work is accepted
     ENGINE_FAULT        INTERNAL             every replica failed under the request; not charged
+
+    Metadata that a call may carry: `idempotency-key` (1 to 128 printable characters, per tenant, kept
+    for 24 h): the same key with the same request answers with the original result, once charged, and
+    attaches to it while it runs. Initial metadata that answers carry: `x-ratelimit-limit-requests`,
+    `-remaining-requests`, `-reset-requests` and the same with `-tokens`, where a limit applies.
     """
 
     def Generate(self, request, context):
@@ -184,13 +206,24 @@ class Inference:
     PROMPT_TOO_LONG     INVALID_ARGUMENT     prompt + max_tokens exceed the model's context
     MODEL_NOT_FOUND     NOT_FOUND            no such model is served here
     UNAUTHENTICATED     UNAUTHENTICATED      the key is missing, revoked or unknown
+    PERMISSION_DENIED   PERMISSION_DENIED    the key's scope leaves this model, tier or method out
     ALREADY_SERVED      ALREADY_EXISTS       this request_id was used before
+    IDEMPOTENCY_CONFLICT  ALREADY_EXISTS     this idempotency key came with another request
+    QUOTA_EXCEEDED      RESOURCE_EXHAUSTED   a rate of yours; QuotaFailure says which, RetryInfo when
+    CONCURRENCY_EXCEEDED  RESOURCE_EXHAUSTED  too many of your requests at once
+    BUDGET_EXHAUSTED    RESOURCE_EXHAUSTED   your money budget is spent; waiting may not help
+    TIER_UNAVAILABLE    RESOURCE_EXHAUSTED   the capacity of this tier is taken
     MESSAGE_TOO_LARGE   RESOURCE_EXHAUSTED   the message exceeds the limit of this server
     OVERLOADED          UNAVAILABLE          our limit; retry after RetryInfo, with jitter
     DRAINING            UNAVAILABLE          this frontend is shutting down; retry elsewhere
     DEADLINE_EXCEEDED   DEADLINE_EXCEEDED    the deadline passed; tokens already sent are charged
     METER_UNAVAILABLE   UNAVAILABLE          usage cannot be recorded, so no work is accepted
     ENGINE_FAULT        INTERNAL             every replica failed under the request; not charged
+
+    Metadata that a call may carry: `idempotency-key` (1 to 128 printable characters, per tenant, kept
+    for 24 h): the same key with the same request answers with the original result, once charged, and
+    attaches to it while it runs. Initial metadata that answers carry: `x-ratelimit-limit-requests`,
+    `-remaining-requests`, `-reset-requests` and the same with `-tokens`, where a limit applies.
     """
 
     @staticmethod

@@ -33,20 +33,28 @@ class Hello(_message.Message):
     def __init__(self, replica_id: _Optional[str] = ..., model: _Optional[str] = ..., version: _Optional[str] = ...) -> None: ...
 
 class Submit(_message.Message):
-    __slots__ = ("sequence", "prompt_ids", "resume_ids", "cache_salt", "sampling", "deadline_in_ms")
+    __slots__ = ("sequence", "prompt_ids", "resume_ids", "cache_salt", "sampling", "deadline_in_ms", "tier", "tenant", "ttft_in_ms", "itl_ms_max")
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     PROMPT_IDS_FIELD_NUMBER: _ClassVar[int]
     RESUME_IDS_FIELD_NUMBER: _ClassVar[int]
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     DEADLINE_IN_MS_FIELD_NUMBER: _ClassVar[int]
+    TIER_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    TTFT_IN_MS_FIELD_NUMBER: _ClassVar[int]
+    ITL_MS_MAX_FIELD_NUMBER: _ClassVar[int]
     sequence: int
     prompt_ids: _containers.RepeatedScalarFieldContainer[int]
     resume_ids: _containers.RepeatedScalarFieldContainer[int]
     cache_salt: bytes
     sampling: StepSampling
     deadline_in_ms: int
-    def __init__(self, sequence: _Optional[int] = ..., prompt_ids: _Optional[_Iterable[int]] = ..., resume_ids: _Optional[_Iterable[int]] = ..., cache_salt: _Optional[bytes] = ..., sampling: _Optional[_Union[StepSampling, _Mapping]] = ..., deadline_in_ms: _Optional[int] = ...) -> None: ...
+    tier: str
+    tenant: int
+    ttft_in_ms: int
+    itl_ms_max: int
+    def __init__(self, sequence: _Optional[int] = ..., prompt_ids: _Optional[_Iterable[int]] = ..., resume_ids: _Optional[_Iterable[int]] = ..., cache_salt: _Optional[bytes] = ..., sampling: _Optional[_Union[StepSampling, _Mapping]] = ..., deadline_in_ms: _Optional[int] = ..., tier: _Optional[str] = ..., tenant: _Optional[int] = ..., ttft_in_ms: _Optional[int] = ..., itl_ms_max: _Optional[int] = ...) -> None: ...
 
 class StepSampling(_message.Message):
     __slots__ = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias", "seed", "max_tokens", "min_tokens", "stop", "stop_token_ids", "ignore_eos", "logprobs", "json_schema", "regex", "choice")
@@ -106,7 +114,7 @@ class StepResult(_message.Message):
     def __init__(self, step: _Optional[int] = ..., deltas: _Optional[_Iterable[_Union[SequenceDelta, _Mapping]]] = ..., load: _Optional[_Union[Load, _Mapping]] = ...) -> None: ...
 
 class SequenceDelta(_message.Message):
-    __slots__ = ("sequence", "token_ids", "text", "logprobs", "cached_tokens", "finish", "error", "queue_wait_ms")
+    __slots__ = ("sequence", "token_ids", "text", "logprobs", "cached_tokens", "finish", "error", "queue_wait_ms", "cache_write_tokens")
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
@@ -115,6 +123,7 @@ class SequenceDelta(_message.Message):
     FINISH_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
     QUEUE_WAIT_MS_FIELD_NUMBER: _ClassVar[int]
+    CACHE_WRITE_TOKENS_FIELD_NUMBER: _ClassVar[int]
     sequence: int
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     text: str
@@ -123,7 +132,8 @@ class SequenceDelta(_message.Message):
     finish: str
     error: StepError
     queue_wait_ms: float
-    def __init__(self, sequence: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., text: _Optional[str] = ..., logprobs: _Optional[_Iterable[_Union[StepLogprob, _Mapping]]] = ..., cached_tokens: _Optional[int] = ..., finish: _Optional[str] = ..., error: _Optional[_Union[StepError, _Mapping]] = ..., queue_wait_ms: _Optional[float] = ...) -> None: ...
+    cache_write_tokens: int
+    def __init__(self, sequence: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., text: _Optional[str] = ..., logprobs: _Optional[_Iterable[_Union[StepLogprob, _Mapping]]] = ..., cached_tokens: _Optional[int] = ..., finish: _Optional[str] = ..., error: _Optional[_Union[StepError, _Mapping]] = ..., queue_wait_ms: _Optional[float] = ..., cache_write_tokens: _Optional[int] = ...) -> None: ...
 
 class StepLogprob(_message.Message):
     __slots__ = ("token_id", "logprob", "top_ids", "top_logprobs")

@@ -24,15 +24,19 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17headrace/v1/usage.proto\x12\x0bheadrace.v1\"j\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\x03\x12\x15\n\rcached_tokens\x18\x02 \x01(\x03\x12\x19\n\x11\x63ompletion_tokens\x18\x03 \x01(\x03\x12\x18\n\x10reasoning_tokens\x18\x04 \x01(\x03\"?\n\x06\x43harge\x12\x0c\n\x04nano\x18\x01 \x01(\x03\x12\x10\n\x08\x63urrency\x18\x02 \x01(\t\x12\x15\n\rprice_version\x18\x03 \x01(\tb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17headrace/v1/usage.proto\x12\x0bheadrace.v1\"\x86\x01\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\x03\x12\x15\n\rcached_tokens\x18\x02 \x01(\x03\x12\x19\n\x11\x63ompletion_tokens\x18\x03 \x01(\x03\x12\x18\n\x10reasoning_tokens\x18\x04 \x01(\x03\x12\x1a\n\x12\x63\x61\x63he_write_tokens\x18\x05 \x01(\x03\"\xb2\x01\n\x07Receipt\x12%\n\ntier_asked\x18\x01 \x01(\x0e\x32\x11.headrace.v1.Tier\x12&\n\x0btier_served\x18\x02 \x01(\x0e\x32\x11.headrace.v1.Tier\x12\x0f\n\x07ttft_us\x18\x03 \x01(\x03\x12\x12\n\nitl_p50_us\x18\x04 \x01(\x03\x12\x12\n\nitl_p99_us\x18\x05 \x01(\x03\x12\x0f\n\x07verdict\x18\x06 \x01(\t\x12\x0e\n\x06missed\x18\x07 \x03(\t\"?\n\x06\x43harge\x12\x0c\n\x04nano\x18\x01 \x01(\x03\x12\x10\n\x08\x63urrency\x18\x02 \x01(\t\x12\x15\n\rprice_version\x18\x03 \x01(\t*t\n\x04Tier\x12\x14\n\x10TIER_UNSPECIFIED\x10\x00\x12\x11\n\rTIER_RESERVED\x10\x01\x12\x11\n\rTIER_PRIORITY\x10\x02\x12\x11\n\rTIER_STANDARD\x10\x03\x12\r\n\tTIER_FLEX\x10\x04\x12\x0e\n\nTIER_BATCH\x10\x05\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'headrace.v1.usage_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_USAGE']._serialized_start=40
-  _globals['_USAGE']._serialized_end=146
-  _globals['_CHARGE']._serialized_start=148
-  _globals['_CHARGE']._serialized_end=211
+  _globals['_TIER']._serialized_start=423
+  _globals['_TIER']._serialized_end=539
+  _globals['_USAGE']._serialized_start=41
+  _globals['_USAGE']._serialized_end=175
+  _globals['_RECEIPT']._serialized_start=178
+  _globals['_RECEIPT']._serialized_end=356
+  _globals['_CHARGE']._serialized_start=358
+  _globals['_CHARGE']._serialized_end=421
 # @@protoc_insertion_point(module_scope)

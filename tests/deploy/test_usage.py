@@ -15,7 +15,7 @@ from headrace.serving.errors import InvalidRequest
 from headrace.serving.metering.usage_store import UsageStore
 from headrace.serving.testing.clock import ManualClock
 
-PRICE = Price(
+PRICE = Price.text(
     version="book-7",
     prompt_nano_per_mtok=10**9,
     cached_nano_per_mtok=10**8,
@@ -47,7 +47,7 @@ def serve(home, *requests: tuple[str, str]) -> None:
                 request_id=request_id,
                 usage=USED,
                 outcome=Outcome.OK,
-                charge_nano=PRICE.charge_nano(USED),
+                charge_femto=PRICE.charge_femto(USED),
                 version="v1",
                 first_token_unix_ms=clock.unix_ms(),
                 settled_unix_ms=clock.unix_ms(),

@@ -115,7 +115,7 @@ def test_flags_override_by_path_and_those_not_given_change_nothing(tmp_path):
             "frontend.host": None,
             "models.qwen2.5-0.5b.replicas": 4,
             "models.b.precision": Precision.INT4,
-            "prices.models.qwen2.5-0.5b.cached_nano_per_mtok": 7,
+            "prices.models.qwen2.5-0.5b.cached_nano_per_mtok": 700,
             "cluster_token_path": Path("/run/token"),
         }
     )
@@ -123,7 +123,7 @@ def test_flags_override_by_path_and_those_not_given_change_nothing(tmp_path):
     assert (changed.frontend.host, changed.frontend.grpc_port) == ("0.0.0.0", 1234)
     assert [model.replicas for model in changed.models] == [4, 1]
     assert changed.models[1].precision is Precision.INT4
-    assert changed.price_for("qwen2.5-0.5b").cached_nano_per_mtok == 7
+    assert changed.price_for("qwen2.5-0.5b").cached_nano_per_mtok == 700
     assert changed.cluster_token_file == Path("/run/token")
     assert config.frontend.grpc_port == 50051
 
@@ -160,14 +160,14 @@ def test_prices_come_from_the_models_entry_or_the_default(tmp_path):
         prices:
           version: 2026-12
           currency: EUR
-          default: {prompt_nano_per_mtok: 10}
-          models: {big: {prompt_nano_per_mtok: 90, completion_nano_per_mtok: 91}}
+          default: {prompt_nano_per_mtok: 100}
+          models: {big: {prompt_nano_per_mtok: 900, completion_nano_per_mtok: 9100}}
         """.replace("2026-12", "'2026-12'"),
     )
 
-    assert config.price_for("small").prompt_nano_per_mtok == 10
+    assert config.price_for("small").prompt_nano_per_mtok == 100
     big = config.price_for("big")
-    assert (big.prompt_nano_per_mtok, big.completion_nano_per_mtok) == (90, 91)
+    assert (big.prompt_nano_per_mtok, big.completion_nano_per_mtok) == (900, 9100)
     assert (big.currency, big.version) == ("EUR", "2026-12")
 
 

@@ -28,7 +28,7 @@ from headrace.serving.testing.fake_meter import FakeMeter
 from headrace.serving.testing.virtual_time import VirtualClock, run_virtually
 from headrace.serving.tracing import SpanEnd
 
-PRICE = Price(
+PRICE = Price.text(
     version="p1",
     prompt_nano_per_mtok=1_000_000_000,
     cached_nano_per_mtok=100_000_000,

@@ -30,7 +30,7 @@ REQUEST = Generate(
     version="v1",
     prompt_ids=[1, 2, 3],
     sampling=Sampling(max_tokens=1),
-    price=Price(
+    price=Price.text(
         version="p", prompt_nano_per_mtok=1, cached_nano_per_mtok=1, completion_nano_per_mtok=1
     ),
     accepted_unix_ms=0,

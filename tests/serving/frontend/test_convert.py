@@ -38,7 +38,7 @@ from headrace.v1 import step_pb2
 MODEL = LoadedModel(tiny_manifest(), tiny_tokenizer())
 VOCAB = MODEL.tokenizer.vocab_size
 CONTEXT = 1024
-PRICE = Price(
+PRICE = Price.text(
     version="p", prompt_nano_per_mtok=1, cached_nano_per_mtok=1, completion_nano_per_mtok=1
 )
 SERVED = ServedModel(

@@ -18,7 +18,7 @@ from headrace.serving.domain.usage import Outcome, Price, Usage
 from headrace.serving.errors import MeterUnavailable
 from headrace.serving.metering.usage_store import UsageStore
 
-PRICE = Price(
+PRICE = Price.text(
     version="p",
     prompt_nano_per_mtok=1_000_000_000,
     cached_nano_per_mtok=0,
@@ -54,7 +54,7 @@ async def serve_one(store: UsageStore, clock: SystemClock, request_id: str) -> N
         request_id=request_id,
         usage=usage,
         outcome=Outcome.OK,
-        charge_nano=PRICE.charge_nano(usage),
+        charge_femto=PRICE.charge_femto(usage),
         version="v",
         first_token_unix_ms=None,
         settled_unix_ms=clock.unix_ms(),

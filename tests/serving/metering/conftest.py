@@ -13,7 +13,7 @@ from headrace.serving.metering import usage_schema
 from headrace.serving.metering.usage_store import UsageStore
 from headrace.serving.testing.clock import ManualClock
 
-PRICE = Price(
+PRICE = Price.text(
     version="book-7",
     prompt_nano_per_mtok=1_000_000_000,
     cached_nano_per_mtok=100_000_000,
@@ -61,7 +61,9 @@ class Frontend:
             request_id=request_id,
             usage=usage,
             outcome=outcome,
-            charge_nano=PRICE.charge_nano(usage) if charge_nano is None else charge_nano,
+            charge_femto=(
+                PRICE.charge_femto(usage) if charge_nano is None else charge_nano * 10**6
+            ),
             version="v2",
             first_token_unix_ms=self.clock.unix_ms(),
             settled_unix_ms=self.clock.unix_ms(),
