@@ -45,7 +45,7 @@ $(VENV)/.installed: $(VENV)/.runtime pyproject.toml $(wildcard serving/engine/na
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.installed
-	$(PIP) install --editable '.[compile,otel,dev]'
+	$(PIP) install --editable '.[compile,otel,postgres,parquet,dev]'
 	@mkdir -p build/pb
 	@touch $@
 
