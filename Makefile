@@ -10,7 +10,7 @@ serve: $(VENV)/.installed ## set up, compile the demo model once, serve in the f
 	@$(BIN)/headrace serve
 
 test: $(VENV)/.dev ## set up and run all tests
-	@$(BIN)/python -m pytest -q -n 2 --dist loadgroup
+	@$(BIN)/python -m pytest -q -n 2
 
 check: $(VENV)/.dev build/types protos ## everything a reviewer runs before reading
 	$(BIN)/ruff format --check .
@@ -18,7 +18,7 @@ check: $(VENV)/.dev build/types protos ## everything a reviewer runs before read
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 	git diff --exit-code serving/pb
-	$(BIN)/python -m pytest -q -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -q -n 2
 
 bench: $(VENV)/.installed ## language models and frontend, against the peers that are installed
 	$(BIN)/headrace bench llm

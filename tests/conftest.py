@@ -18,6 +18,17 @@ DEMO_MODEL = "smollm2-135m"
 TEST_HOME = Path(__file__).parent.parent / "build" / "test-home"
 
 
+FIRST = ("stories/test_greedy_reference.py", "stories/test_serve.py")
+"""Files of minutes. Begun last, one of them would run alone while the other core idles."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first; the order within a file stays."""
+    order = {name: index for index, name in enumerate(FIRST)}
+    here = Path(__file__).parent
+    items.sort(key=lambda item: order.get(item.path.relative_to(here).as_posix(), len(order)))
+
+
 @pytest.fixture(scope="session")
 def artifact_of() -> Callable[[Precision], Path]:
     """The demo model's artifact in a precision: pulled and compiled as a user would, once.

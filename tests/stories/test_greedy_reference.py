@@ -19,7 +19,7 @@ from headrace.serving.engine.sampler import Sampler
 from headrace.serving.tokenizer import Tokenizer
 
 # The first of these tests on a machine pulls the model, exports it and runs the reference.
-pytestmark = [pytest.mark.model, pytest.mark.timeout(900), pytest.mark.xdist_group("greedy")]
+pytestmark = [pytest.mark.model, pytest.mark.timeout(900)]
 
 PROMPTS = 50
 ANSWER_TOKENS = 24
