@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check --quiet
 
-.PHONY: serve test check bench protos lock clean
+.PHONY: serve test check bench gpu-check protos lock clean
 
 serve: $(VENV)/.installed ## set up, compile the demo model once, serve in the foreground
 	@$(BIN)/headrace serve
@@ -23,6 +23,10 @@ check: $(VENV)/.dev build/types protos ## everything a reviewer runs before read
 bench: $(VENV)/.installed ## language models and frontend, against the peers that are installed
 	$(BIN)/headrace bench llm
 	$(BIN)/headrace bench frontend
+
+# With the machine's own python3: it is the one that has PyTorch with CUDA.
+gpu-check: build/types ## on a machine with an NVIDIA GPU: verify, measure, write gpu-report.json
+	PYTHONPATH=build/types $(PYTHON) tests/gpu/check.py
 
 protos: $(VENV)/.dev ## generate serving/pb from protos/
 	$(BIN)/python -m grpc_tools.protoc -I protos --python_out=build/pb --pyi_out=build/pb \
