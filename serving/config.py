@@ -79,6 +79,9 @@ class DirectoryConfig:
     """Where replicas announce themselves and frontends look for them."""
 
     address: str = "127.0.0.1:50052"
+    hosted: bool = True
+    """Whether this frontend runs the directory. Of several frontends one does; the others name its
+    address here. While it is away they keep the last set they heard."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -97,6 +97,8 @@ class Reader:
     def _scalar(self, kind: type, raw: object, path: str, rule: Mapping[str, Any]) -> object:
         if kind is Path and isinstance(raw, str) and raw:
             return Path(raw).expanduser()
+        if kind is bool and isinstance(raw, bool):
+            return raw
         if kind is str and isinstance(raw, str) and raw:
             return raw
         if issubclass(kind, StrEnum):
@@ -146,6 +148,7 @@ _KINDS: Mapping[type, str] = {
     float: "a number",
     str: "a text that is not empty",
     Path: "a path",
+    bool: "true or false",
 }
 
 

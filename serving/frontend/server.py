@@ -189,12 +189,14 @@ class Frontend:
         )
 
     async def _start_directory(self, token: str) -> str:
-        server = DirectoryServer(cluster_token=token, address=self._config.directory.address)
-        try:
-            address = await server.start()
-        except RuntimeError as error:
-            raise _port_taken("directory.address", self._config.directory.address) from error
-        self._stack.push_async_callback(server.stop)
+        address = self._config.directory.address
+        if self._config.directory.hosted:
+            server = DirectoryServer(cluster_token=token, address=address)
+            try:
+                address = await server.start()
+            except RuntimeError as error:
+                raise _port_taken("directory.address", address) from error
+            self._stack.push_async_callback(server.stop)
         watcher = Watcher(address, cluster_token=token, on_set=self.fleet.update)
         watcher.start()
         self._stack.push_async_callback(watcher.stop)
