@@ -10,7 +10,8 @@ from pathlib import Path
 
 import grpc.aio
 
-from headrace.serving.admission.key_store import KeyStore, cluster_token
+from headrace.serving.admission.accounts import demo_key
+from headrace.serving.admission.key_store import cluster_token
 from headrace.serving.channel.directory import Announcer
 from headrace.serving.channel.replica_server import ReplicaServer, Sink
 from headrace.serving.clock import SystemClock
@@ -141,8 +142,7 @@ class Platform:
     async def __aenter__(self) -> "Platform":
         self.config.prepare_home()
         write_tiny_artifact(self._folder, self.manifest)
-        keys = KeyStore(self.config.keys_path, self.config.pepper_path, clock=SystemClock())
-        self.key = keys.demo().key
+        self.key = demo_key(self.config)
         self.metadata = (("authorization", f"Bearer {self.key}"),)
         self.frontend = Frontend(self.config, on_change=self._has_changed.set)
         self.addresses = await self.frontend.start()
