@@ -43,10 +43,8 @@ class KnownKey:
 
 
 class AccountView:
-    """`refresh` and `close` belong to one thread at a time, everything else to any.
-
-    The thread that refreshes sets and removes single entries, so a check sees an entry as it was
-    or as it is.
+    """Any thread may call. Whoever refreshes sets and removes single entries, so a check, which
+    takes no lock, sees an entry as it was or as it is.
     """
 
     def __init__(self, store: AccountStore, *, clock: Clock, stale_s: float) -> None:
@@ -66,6 +64,7 @@ class AccountView:
         self._noted: dict[str, int] = {}
         self._fresh_ms = -1.0
         self._readable = True
+        self._refreshing = threading.Lock()
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
         self.refresh()
@@ -103,18 +102,19 @@ class AccountView:
             self._used[key_id] = now_unix_ms
 
     def refresh(self) -> None:
-        """One round: read what has changed.
+        """One round: read what has changed. Blocks.
 
         Raises:
             ServingError: it cannot be read; what was known stays, and grows older.
         """
-        began_ms = self._clock.monotonic_ms()
-        # First: a key that stands on a fresh pepper was made after it.
-        self._store.peppers.refresh()
-        changes = self._store.changes_since(self._version)
-        self._apply(changes)
-        self._version = changes.version
-        self._fresh_ms = began_ms
+        with self._refreshing:
+            began_ms = self._clock.monotonic_ms()
+            # First: a key that stands on a fresh pepper was made after it.
+            self._store.peppers.refresh()
+            changes = self._store.changes_since(self._version)
+            self._apply(changes)
+            self._version = changes.version
+            self._fresh_ms = began_ms
 
     def write_used(self) -> None:
         """Store what `used` has gathered, in bounded transactions.

@@ -90,6 +90,7 @@ class Frontend:
         self._on_change = on_change
         self._has_changed = asyncio.Event()
         self._stack = contextlib.AsyncExitStack()
+        self.accounts: AccountView
         self.fleet: ReplicaFleet
         self.pipeline: Pipeline
         self.readiness: Readiness
@@ -112,8 +113,8 @@ class Frontend:
         config, stack = self._config, self._stack
         stack.callback(self._executor.shutdown, wait=False, cancel_futures=True)
         token = cluster_token(config.cluster_token_file)
-        accounts, view = await asyncio.to_thread(self._open_accounts)
-        authenticator = Authenticator(view, clock=self._clock)
+        accounts, self.accounts = await asyncio.to_thread(self._open_accounts)
+        authenticator = Authenticator(self.accounts, clock=self._clock)
         edge = self._edge(authenticator)
         admin = AdminService(accounts, clock=self._clock)
         stack.push_async_callback(asyncio.to_thread, admin.close)
