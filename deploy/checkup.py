@@ -35,7 +35,7 @@ DISK_NEEDED_BYTES = 100 << 20
 ANSWER_S = 2.0
 """How long a local service may take to answer a question of ours."""
 _VNNI = ("avx512_vnni", "avx_vnni")
-_SECRETS = ("pepper", "cluster_token", "keys.json")
+_SECRETS = ("pepper", "cluster_token", "keys.json", "accounts.db")
 _PACKAGES = (
     "grpcio",
     "llguidance",

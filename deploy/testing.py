@@ -19,8 +19,7 @@ from typing import Self, TextIO
 import yaml
 
 from headrace.deploy.client import Client
-from headrace.serving.admission.key_store import KeyStore
-from headrace.serving.clock import SystemClock
+from headrace.serving.admission.accounts import demo_key
 from headrace.serving.config import Config
 
 READY_S_MAX = 120.0
@@ -100,8 +99,7 @@ class Platform:
 
     @property
     def demo_key(self) -> str:
-        config = Config(home=self.home)
-        return KeyStore(config.keys_path, config.pepper_path, clock=SystemClock()).demo().key
+        return demo_key(Config(home=self.home))
 
     def command(self, *words: str) -> str:
         """What a `headrace` command prints, run as a person at this home would.

@@ -7,14 +7,16 @@ below, which suit one machine. Every limit has its reason beside it. Flags overr
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import yaml
 
+from headrace.serving.config_accounts import AccountsConfig, OperatorIssuer
 from headrace.serving.config_reader import Reader, bounded, override, port, read_yaml
 from headrace.serving.domain.artifact import Precision
+from headrace.serving.domain.scope import network
 from headrace.serving.domain.tier import Tier
 from headrace.serving.domain.usage import Price
 from headrace.serving.errors import ConfigRefused
@@ -69,6 +71,11 @@ class FrontendConfig:
     """Answers open at once on one connection, so that one client cannot take them all."""
     drain_s: float = bounded(30.0, 0, 3600)
     """How long a stopping frontend lets open answers finish."""
+    trusted_proxies: tuple[str, ...] = ()
+    """Networks in CIDR form whose members say, in `proxy_header`, whom they speak for. None by
+    default: anybody could write that header. Only keys that are bound to networks need it."""
+    proxy_header: str = "x-forwarded-for"
+    """Metadata with addresses, the nearest last, separated by commas."""
     tls_cert: Path | None = None
     """PEM chain; with tls_key it turns TLS on for gRPC and HTTP."""
     tls_key: Path | None = None
@@ -164,6 +171,8 @@ class Config:
     made on first use; on a cluster, a mounted secret."""
     meter: MeterConfig = field(default_factory=MeterConfig)
     prices: PricesConfig = field(default_factory=PricesConfig)
+    accounts: AccountsConfig = field(default_factory=AccountsConfig)
+    operators: tuple[OperatorIssuer, ...] = ()
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
 
     @classmethod
@@ -230,7 +239,12 @@ class Config:
         return self.home / "ledger.db"
 
     @property
+    def accounts_path(self) -> Path:
+        return self.home / "accounts.db"
+
+    @property
     def keys_path(self) -> Path:
+        """Where keys were kept before there were organisations."""
         return self.home / "keys.json"
 
     @property
@@ -321,6 +335,7 @@ def _consistent(config: Config, where: str) -> Config:
                 field="models",
             )
     _check_whole_rates(config.prices, where)
+    _check_networks(frontend.trusted_proxies, where)
     host, colon, port = config.directory.address.rpartition(":")
     if not (host and colon and port.isdecimal() and int(port) <= 65_535):
         raise ConfigRefused(
@@ -330,6 +345,19 @@ def _consistent(config: Config, where: str) -> Config:
             field="directory.address",
         )
     return config
+
+
+def _check_networks(proxies: Sequence[str], where: str) -> None:
+    for text in proxies:
+        try:
+            network(text)
+        except ValueError as error:
+            raise ConfigRefused(
+                f"{where}: frontend.trusted_proxies has {text!r}.",
+                why=f"Each entry is a network in CIDR form: {error}.",
+                fix="Write it like 10.0.0.0/8 or fd00::/8.",
+                field="frontend.trusted_proxies",
+            ) from error
 
 
 def _check_whole_rates(book: PricesConfig, where: str) -> None:

@@ -88,7 +88,9 @@ class Reader:
 
     def _list(self, kind: type[T], raw: object, path: str) -> tuple[T, ...]:
         if not isinstance(raw, list):
-            raise self.refusal(path, raw, "It is a list.", "Start each entry with `- name: …`.")
+            raise self.refusal(path, raw, "It is a list.", "Start each entry with a hyphen.")
+        if not is_dataclass(kind):
+            return tuple(self.value(kind, each, f"{path}[{i}]", {}) for i, each in enumerate(raw))
         entries = (each if isinstance(each, dict) else {"name": each} for each in raw)
         return tuple(
             self.read(kind, each, f"{path}[{i}]", given={}) for i, each in enumerate(entries)

@@ -6,7 +6,8 @@
     x PromptTooLong         INVALID_ARGUMENT     prompt and answer exceed the context
   x ModelNotFound           NOT_FOUND            no such model here
   x Unauthenticated         UNAUTHENTICATED      no key, or an unknown one
-  x PermissionDenied        PERMISSION_DENIED    a known key that may not do this
+  * PermissionDenied        PERMISSION_DENIED    a known key that may not do this
+    x AccountSuspended      PERMISSION_DENIED    the key's organisation or project is suspended
   x AlreadyServed           ALREADY_EXISTS       this request_id was used before
   x IdempotencyConflict     ALREADY_EXISTS       this idempotency key came with another request
   x QuotaExceeded           RESOURCE_EXHAUSTED   a rate of the caller's: retry after the time given
@@ -23,6 +24,7 @@
   x KeyNotFound             NOT_FOUND            no API key has this id
   x AccountNotFound         NOT_FOUND            no such organisation, project, budget or batch
   x AccountExists           ALREADY_EXISTS       the name is taken
+  x AccountsUnavailable     UNAVAILABLE          organisations and keys cannot be read
   x UnknownUnit             INVALID_ARGUMENT     nothing is counted in this unit
   x AmountOutOfRange        INVALID_ARGUMENT     a quantity or sum that cannot be recorded
   x MeterLogDamaged         FAILED_PRECONDITION  the meter log has a gap, a flipped bit or a fork
@@ -112,6 +114,10 @@ class Unauthenticated(ServingError):
 class PermissionDenied(ServingError):
     code = Code.PERMISSION_DENIED
     reason = "PERMISSION_DENIED"
+
+
+class AccountSuspended(PermissionDenied):
+    reason = "ACCOUNT_SUSPENDED"
 
 
 class AlreadyServed(ServingError):
@@ -214,6 +220,11 @@ class AccountNotFound(ServingError):
 class AccountExists(ServingError):
     code = Code.ALREADY_EXISTS
     reason = "ACCOUNT_EXISTS"
+
+
+class AccountsUnavailable(ServingError):
+    code = Code.UNAVAILABLE
+    reason = "ACCOUNTS_UNAVAILABLE"
 
 
 class UnknownUnit(InvalidRequest):

@@ -154,9 +154,18 @@ def meter_healthy(*, settled_late: int) -> None:
     _event(logging.WARNING, "meter_healthy", settled_late=settled_late)
 
 
-def keys_unreadable(*, path: str, why: str) -> None:
-    """The key file changed into something unreadable; the last good set stays in force."""
-    _event(logging.ERROR, "keys_unreadable", path=path, why=why)
+def accounts_unreadable(*, what: str, stale_s: float) -> None:
+    """The accounts cannot be read; known keys go on for `stale_s`, and then none does."""
+    _event(logging.ERROR, "accounts_unreadable", what=what, stale_s=stale_s)
+
+
+def accounts_readable() -> None:
+    _event(logging.WARNING, "accounts_readable")
+
+
+def operator_keys_unreadable(*, path: str, why: str) -> None:
+    """An issuer's file of public keys broke; those read before stay in force."""
+    _event(logging.ERROR, "operator_keys_unreadable", path=path, why=why)
 
 
 def refused(error: ServingError, *, during: str) -> None:

@@ -24,8 +24,8 @@ from headrace.deploy.bench.grpc_client import Metadata, bearer
 from headrace.deploy.bench.peers.base import PeerFailed, peer_process, tail
 from headrace.deploy.bench.report import OURS, Report, Row
 from headrace.deploy.supervisor import Supervisor
-from headrace.serving.admission.key_store import KeyStore, cluster_token
-from headrace.serving.clock import SystemClock
+from headrace.serving.admission.accounts import demo_key
+from headrace.serving.admission.key_store import cluster_token
 from headrace.serving.config import Config
 from headrace.serving.errors import ServingError
 
@@ -214,7 +214,7 @@ async def ours(tokens_per_s: float, log: Path) -> AsyncIterator[Target]:
         config = _config(Path(folder))
         # Both sides read it; made here, they cannot both make it.
         cluster_token(config.cluster_token_file)
-        key = KeyStore(config.keys_path, config.pepper_path, clock=SystemClock()).demo().key
+        key = demo_key(config)
         supervisor = Supervisor(config, report=lambda _: None, assignments=())
         try:
             await supervisor.start(frontend=True, control=False)

@@ -12,8 +12,7 @@ from pathlib import Path
 from rich.console import Console
 
 from headrace.deploy.client import Client
-from headrace.serving.admission.key_store import KeyStore
-from headrace.serving.clock import SystemClock
+from headrace.serving.admission.accounts import demo_key
 from headrace.serving.config import Config
 from headrace.serving.errors import InvalidRequest, ServingError
 from headrace.v1 import inference_pb2
@@ -264,7 +263,7 @@ def _key(given: str | None, config: Config) -> str:
     if key := given or os.environ.get("HEADRACE_API_KEY"):
         return key
     config.prepare_home()
-    return KeyStore(config.keys_path, config.pepper_path, clock=SystemClock()).demo().key
+    return demo_key(config)
 
 
 def _reachable(host: str) -> str:

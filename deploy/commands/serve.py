@@ -19,8 +19,7 @@ from rich.console import Console
 from headrace.compile import catalog
 from headrace.compile.store import Store
 from headrace.deploy.supervisor import Addresses, Supervisor, log_folder
-from headrace.serving.admission.key_store import KeyStore
-from headrace.serving.clock import SystemClock
+from headrace.serving.admission.accounts import demo_key
 from headrace.serving.config import Config, ModelConfig, parse_assignment
 from headrace.serving.errors import ArtifactError, ArtifactTampered, ConfigRefused, ModelNotFound
 
@@ -69,8 +68,6 @@ def run(args: argparse.Namespace) -> int:
     with _only_one(config.home, args.role):
         if args.role != "frontend":
             build_missing(config, console)
-        # Both sides read it; made here, they cannot both make it.
-        KeyStore(config.keys_path, config.pepper_path, clock=SystemClock())
         return asyncio.run(_serve(config, args, console))
 
 
@@ -218,7 +215,7 @@ def _greet(config: Config, supervisor: Supervisor, console: Console, *, took_s: 
     console.print(f"\n[bold green]Headrace is ready[/] after {took_s:.1f} s.")
     if addresses is None:
         return
-    key = KeyStore(config.keys_path, config.pepper_path, clock=SystemClock()).demo().key
+    key = demo_key(config)
     scheme = "https" if config.frontend.tls_cert else "http"
     for name, value in (
         ("gRPC", addresses.grpc),

@@ -1,207 +1,141 @@
-"""API keys on disk, as digests; and the secrets they are derived from.
+"""Keys as digests, and the secrets they are derived from.
 
-A key is `hr_<key id>_<secret>`. The file keeps HMAC-SHA256(pepper, key), never the key: whoever
+A key is `hr_<key id>_<secret>`. The store keeps HMAC-SHA256(pepper, key), never the key: whoever
 reads it can neither use a key nor test guesses without the pepper, which is another file. Keys
 have 190 random bits, so a slow password hash would add nothing but latency.
 
 The demo key is derived from the pepper, so that it can be shown again; every other key is shown
 once, when it is made.
+
+Two peppers may be active: new keys stand on the current one, and those made before a rotation go
+on standing on the previous one, for as long as its file is there.
 """
 
-import fcntl
 import hashlib
 import hmac
-import json
 import os
 import secrets
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
-from headrace.serving.clock import Clock
-from headrace.serving.errors import ConfigRefused, InvalidRequest, KeyNotFound
+from headrace.serving.errors import ConfigRefused
 
-DEMO_TENANT = "demo"
-KEYS_MAX = 100_000
-"""Keys in the file: 20 MB. Beyond it a database is the right home."""
-TENANT_CHARS_MAX = 64
-_FILE_VERSION = 1
 _SECRET_CHARS = 32
 _KEY_ID_CHARS = 8
 _DIGITS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 _ID_DIGITS = "0123456789abcdefghjkmnpqrstvwxyz"
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StoredKey:
-    """What is kept of a key. Nothing here can be presented as one."""
-
-    key_id: str
-    tenant_id: str
-    digest: str
-    """HMAC-SHA256(pepper, key), hex."""
-    created_unix_ms: int
-    revoked_unix_ms: int | None = None
+_FileStamp = tuple[int, int, int] | None
 
 
-@dataclass(frozen=True, slots=True)
-class NewKey:
-    """A key at the one moment it is known in full."""
+@dataclass(frozen=True, slots=True, repr=False)
+class Pepper:
+    """The secret that digests are made with."""
 
-    key: str
-    stored: StoredKey
+    secret: bytes
 
-    def __repr__(self) -> str:
-        return f"NewKey(key_id={self.stored.key_id!r})"
+    @property
+    def pepper_id(self) -> str:
+        """Names it in a stored key, and gives nothing away."""
+        return self.derive("pepper-id")[:4].hex()
 
-
-class KeyStore:
-    """The key file and its pepper.
-
-    Every change is one atomic replacement under a file lock, so readers need none and several
-    commands may run at once.
-    """
-
-    def __init__(self, path: Path, pepper_path: Path, *, clock: Clock) -> None:
-        """Makes the pepper on first use.
-
-        Raises:
-            ConfigRefused: the pepper can be neither read nor made.
-        """
-        self.path = path
-        self._pepper = secret_file(pepper_path)
-        self._clock = clock
-
-    def digest(self, key: str) -> str:
-        """1.5 us. HMAC-SHA256(pepper, key), hex."""
-        return hmac.digest(self._pepper, key.encode(), "sha256").hex()
+    def digest(self, key: str) -> bytes:
+        """1.5 us. HMAC-SHA256(pepper, key)."""
+        return hmac.digest(self.secret, key.encode(), "sha256")
 
     def derive(self, label: str) -> bytes:
         """32 bytes that only a holder of the pepper can compute; `label` separates purposes."""
-        return hmac.digest(self._pepper, b"headrace/" + label.encode(), "sha256")
+        return hmac.digest(self.secret, b"headrace/" + label.encode(), "sha256")
 
-    def read(self) -> Mapping[str, StoredKey]:
-        """All keys by id; empty when there is no file.
 
-        Raises:
-            ConfigRefused: the file is not one of ours.
-        """
-        try:
-            text = self.path.read_text("utf-8")
-        except FileNotFoundError:
-            return {}
-        except (OSError, UnicodeDecodeError) as error:
-            raise self._unreadable(str(error)) from error
-        try:
-            raw = json.loads(text)
-            if raw["version"] != _FILE_VERSION:
-                raise ValueError(f"version {raw['version']!r}, expected {_FILE_VERSION}")
-            keys = [_stored_key(entry) for entry in raw["keys"]]
-        except (ValueError, TypeError, KeyError) as error:
-            raise self._unreadable(str(error)) from error
-        return {key.key_id: key for key in keys}
+class Peppers:
+    """The current pepper and, beside it in `<file>.previous`, the one before, if it is kept.
 
-    def create(self, *, tenant_id: str) -> NewKey:
-        """A key for `tenant_id`. The answer is the only place where it stands in full.
+    `refresh` belongs to one thread; the others see the old pair or the new one.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Makes the current pepper on first use.
 
         Raises:
-            InvalidRequest: the tenant's name is empty, too long or holds other characters.
-            ConfigRefused: the file cannot be read or written, or is full.
+            ConfigRefused: a pepper can be neither read nor made.
         """
-        _check_tenant(tenant_id)
-        with self._changing() as keys:
-            key_id = _fresh_id(keys)
-            new = self._new(key_id, tenant_id, _random(_DIGITS, _SECRET_CHARS))
-            keys[key_id] = new.stored
-        return new
+        self._path = path
+        self._previous_path = path.with_name(path.name + ".previous")
+        secret_file(path)
+        self._stamps = self._file_stamps()
+        self._active = self._read()
 
-    def demo(self) -> NewKey:
-        """The demo tenant's key: the same one at every call, until it is revoked.
+    @property
+    def current(self) -> Pepper:
+        return next(iter(self._active.values()))
 
-        After a revocation the next one in a fixed sequence is made, so a leaked demo key is
-        replaced with `headrace keys revoke` and `headrace keys demo`.
-        """
-        with self._changing() as keys:
-            for generation in range(1, KEYS_MAX):
-                key_id = f"demo{generation:04}"
-                new = self._new(key_id, DEMO_TENANT, _encode(self.derive(f"demo-key/{generation}")))
-                stored = keys.get(key_id)
-                if stored is None or stored.digest != new.stored.digest:
-                    # Another digest: the pepper was replaced, so the old key works no more.
-                    keys[key_id] = new.stored
-                    return new
-                if stored.revoked_unix_ms is None:
-                    return NewKey(new.key, stored)
-        raise AssertionError("more demo keys were revoked than the file can hold")
+    @property
+    def active(self) -> Mapping[str, Pepper]:
+        """By pepper id, the current one first."""
+        return self._active
 
-    def revoke(self, key_id: str) -> StoredKey:
-        """Refuse the key from now on. Revoking it again changes nothing.
+    def refresh(self) -> bool:
+        """Read them again if a file has changed; whether one had.
 
         Raises:
-            KeyNotFound: no key has this id.
+            ConfigRefused: one cannot be read; what was read before stays in force.
         """
-        with self._changing() as keys:
-            stored = keys.get(key_id)
-            if stored is None:
-                raise KeyNotFound(
-                    f"There is no key {key_id!r}.",
-                    why="Keys are named by the part between the two underscores.",
-                    fix="See `headrace keys list`.",
-                    field="key_id",
-                )
-            if stored.revoked_unix_ms is None:
-                stored = replace(stored, revoked_unix_ms=self._clock.unix_ms())
-                keys[key_id] = stored
-        return stored
+        stamps = self._file_stamps()
+        if stamps == self._stamps:
+            return False
+        self._active = self._read()
+        self._stamps = stamps
+        return True
 
-    def _new(self, key_id: str, tenant_id: str, secret: str) -> NewKey:
-        key = f"hr_{key_id}_{secret}"
-        stored = StoredKey(
-            key_id=key_id,
-            tenant_id=tenant_id,
-            digest=self.digest(key),
-            created_unix_ms=self._clock.unix_ms(),
-        )
-        return NewKey(key, stored)
+    def rotate(self) -> None:
+        """Put a fresh pepper in the current one's place, which becomes the previous one.
 
-    @contextmanager
-    def _changing(self) -> Iterator[dict[str, StoredKey]]:
-        """The keys, to be changed in place; written when the block ends without an exception."""
-        lock_path = self.path.with_name(self.path.name + ".lock")
+        A crash in between leaves one pepper under both names, and the next call goes on.
+
+        Raises:
+            ConfigRefused: a file cannot be written.
+        """
         try:
-            with open(lock_path, "w", opener=_private) as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)
-                before = self.read()
-                keys = dict(before)
-                yield keys
-                if keys != before:
-                    self._write(keys)
+            replace_file(self._previous_path, self.current.secret + b"\n")
+            replace_file(self._path, secrets.token_hex(32).encode() + b"\n")
         except OSError as error:
             raise ConfigRefused(
-                f"The keys in {self.path} cannot be changed: {error.strerror}.",
-                why="The file is replaced as a whole, which needs room and write permission.",
+                f"The pepper {self._path} cannot be replaced: {error.strerror}.",
+                why="Both files are written beside it and put in its place.",
                 fix="Check the folder's owner and its free space.",
             ) from error
+        self.refresh()
 
-    def _write(self, keys: Mapping[str, StoredKey]) -> None:
-        if len(keys) > KEYS_MAX:
-            raise ConfigRefused(
-                f"{self.path} would hold {len(keys):,} keys.",
-                why=f"One file holds at most {KEYS_MAX:,}.",
-                fix="Share a key among the users of a tenant.",
-            )
-        entries = [asdict(key) for key in keys.values()]
-        text = json.dumps({"version": _FILE_VERSION, "keys": entries}, indent=1) + "\n"
-        replace_file(self.path, text.encode())
+    def _read(self) -> Mapping[str, Pepper]:
+        peppers = [Pepper(_read_secret(self._path))]
+        if self._previous_path.exists():
+            peppers.append(Pepper(_read_secret(self._previous_path)))
+        return {pepper.pepper_id: pepper for pepper in peppers}
 
-    def _unreadable(self, why: str) -> ConfigRefused:
-        return ConfigRefused(
-            f"{self.path} cannot be read as keys: {why}.",
-            why="Headrace writes this file as a whole and reads it strictly.",
-            fix="Restore it from a backup, or move it away and make new keys.",
-        )
+    def _file_stamps(self) -> tuple[_FileStamp, _FileStamp]:
+        return _stamp(self._path), _stamp(self._previous_path)
+
+
+def new_key(key_id: str) -> str:
+    """A key with this id and a random secret."""
+    return f"hr_{key_id}_{_random(_DIGITS, _SECRET_CHARS)}"
+
+
+def new_key_id() -> str:
+    """40 random bits: two of 100,000 keys meet once in 200 stores."""
+    return _random(_ID_DIGITS, _KEY_ID_CHARS)
+
+
+def demo_key(pepper: Pepper, generation: int) -> str:
+    """The same key at every call; a revoked one is followed by the next generation's."""
+    return f"hr_{demo_key_id(generation)}_{_encode(pepper.derive(f'demo-key/{generation}'))}"
+
+
+def demo_key_id(generation: int) -> str:
+    return f"demo{generation:04}"
 
 
 def secret_file(path: Path) -> bytes:
@@ -216,13 +150,17 @@ def secret_file(path: Path) -> bytes:
         if not path.exists():
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             _create_once(path, secrets.token_hex(32).encode() + b"\n")
+    except OSError as error:
+        raise _no_secret(path, error) from error
+    return _read_secret(path)
+
+
+def _read_secret(path: Path) -> bytes:
+    """The secret, of a file that must be there: one that vanished is never made again unasked."""
+    try:
         secret = path.read_bytes().strip()
     except OSError as error:
-        raise ConfigRefused(
-            f"The secret {path} can be neither read nor made: {error.strerror}.",
-            why="Keys and replicas are checked against it.",
-            fix="Make the file readable by this user only, or its folder writable.",
-        ) from error
+        raise _no_secret(path, error) from error
     if len(secret) < 16:
         raise ConfigRefused(
             f"The secret {path} has {len(secret)} bytes.",
@@ -230,6 +168,14 @@ def secret_file(path: Path) -> bytes:
             fix="Delete it to have one made, or write 32 random bytes in hex.",
         )
     return secret
+
+
+def _no_secret(path: Path, error: OSError) -> ConfigRefused:
+    return ConfigRefused(
+        f"The secret {path} can be neither read nor made: {error.strerror}.",
+        why="Keys and replicas are checked against it.",
+        fix="Make the file readable by this user only, or its folder writable.",
+    )
 
 
 def cluster_token(path: Path) -> str:
@@ -284,36 +230,12 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _private(path: str, flags: int) -> int:
-    return os.open(path, flags, 0o600)
-
-
-def _stored_key(entry: Mapping[str, object]) -> StoredKey:
-    values = {each.name: entry[each.name] for each in fields(StoredKey)}
-    times = [values["created_unix_ms"], values["revoked_unix_ms"] or 0]
-    texts = [values["key_id"], values["tenant_id"], values["digest"]]
-    if not all(isinstance(each, int) for each in times):
-        raise ValueError("a time is not a whole number")
-    if not all(isinstance(each, str) and each for each in texts):
-        raise ValueError("a key's id, tenant or digest is not a text")
-    return StoredKey(**values)  # pyright: ignore[reportArgumentType]
-
-
-def _check_tenant(tenant_id: str) -> None:
-    allowed = set(_DIGITS + "_.:-")
-    if not tenant_id or len(tenant_id) > TENANT_CHARS_MAX or set(tenant_id) - allowed:
-        raise InvalidRequest(
-            f"The tenant's name is {tenant_id!r}.",
-            why=f"It has 1 to {TENANT_CHARS_MAX} letters, digits or _ . : - in it.",
-            fix="Choose such a name, for example acme-prod.",
-            field="tenant_id",
-        )
-
-
-def _fresh_id(taken: Mapping[str, StoredKey]) -> str:
-    while (key_id := _random(_ID_DIGITS, _KEY_ID_CHARS)) in taken:
-        pass
-    return key_id
+def _stamp(path: Path) -> _FileStamp:
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_mtime_ns, status.st_ino, status.st_size
 
 
 def _random(digits: str, length: int) -> str:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from headrace.serving.domain.scope import UNLIMITED, Scope
 from headrace.serving.domain.tier import Receipt, Tier
 from headrace.serving.domain.usage import Outcome, Price, Usage, nano_of
 
@@ -16,6 +17,17 @@ class Caller:
     key_id: str
     """Public part of the key, safe to log."""
     project_id: str = DEFAULT_PROJECT
+    scope: Scope = UNLIMITED
+    """What the key may do; its `default_tier` is that of a request which asks for none."""
+
+    @property
+    def subjects(self) -> tuple[str, str, str]:
+        """What limits hang on, from the widest: `organisation:…`, `project:…/…`, `key:…`."""
+        return (
+            f"organisation:{self.tenant_id}",
+            f"project:{self.tenant_id}/{self.project_id}",
+            f"key:{self.key_id}",
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

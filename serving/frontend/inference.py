@@ -10,6 +10,7 @@ import grpc.aio
 
 from headrace.serving import log
 from headrace.serving.admission.authenticate import Authenticator
+from headrace.serving.admission.permit import check_model
 from headrace.serving.channel.fleet import ReplicaFleet
 from headrace.serving.clock import Clock
 from headrace.serving.domain import generate
@@ -141,6 +142,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         self, request: pb.CountTokensRequest, context: grpc.aio.ServicerContext
     ) -> pb.CountTokensResponse:
         rules.check_model_name(request.model)
+        check_model(caller(), request.model)
         rules.check_input(request)
         deadline_ms = self._deadline_ms(context, self._clock.monotonic_ms())
         served = await self._fleet.find(request.model, deadline_ms=deadline_ms)
@@ -153,9 +155,11 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
     async def ListModels(
         self, request: pb.ListModelsRequest, context: grpc.aio.ServicerContext
     ) -> pb.ListModelsResponse:
+        scope = caller().scope
         models = [
             convert.model_to_wire(served, self._price_for(served.name))
             for served in self._fleet.models()
+            if scope.allows_model(served.name)
         ]
         return pb.ListModelsResponse(models=models)
 
@@ -163,6 +167,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         self, request: pb.GetModelRequest, context: grpc.aio.ServicerContext
     ) -> pb.Model:
         rules.check_model_name(request.model)
+        check_model(caller(), request.model)
         deadline_ms = self._deadline_ms(context, self._clock.monotonic_ms())
         served = await self._fleet.find(request.model, deadline_ms=deadline_ms)
         return convert.model_to_wire(served, self._price_for(served.name))
@@ -215,6 +220,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             deadline_ms=self._deadline_ms(context, now_ms),
         )
         rules.check_request(message)
+        check_model(by, message.model)
         served = await self._fleet.find(message.model, deadline_ms=acceptance.deadline_ms)
         model = await self._shelf.get(served.newest)
         grammar = convert.grammar_of(message)

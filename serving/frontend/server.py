@@ -19,26 +19,33 @@ import grpc.aio
 from grpc_reflection.v1alpha import reflection
 
 from headrace.serving import log
+from headrace.serving.admission.account_store import AccountStore
+from headrace.serving.admission.account_view import AccountView
+from headrace.serving.admission.accounts import open_accounts
 from headrace.serving.admission.authenticate import Authenticator
-from headrace.serving.admission.key_store import KeyStore, cluster_token
+from headrace.serving.admission.key_store import cluster_token
+from headrace.serving.admission.operator_token import OperatorTokens
 from headrace.serving.channel.directory import DirectoryServer, Watcher
 from headrace.serving.channel.fleet import ReplicaFleet
 from headrace.serving.clock import Clock, SystemClock
 from headrace.serving.config import Config
 from headrace.serving.errors import ConfigRefused
+from headrace.serving.frontend.admin import AdminService
 from headrace.serving.frontend.health import SERVICES, Readiness
 from headrace.serving.frontend.http import HttpServer
 from headrace.serving.frontend.inference import Gate, InferenceService
 from headrace.serving.frontend.interceptors import Edge
 from headrace.serving.frontend.model_shelf import Load, ModelShelf, load_from_artifact
+from headrace.serving.frontend.peer import Peers
 from headrace.serving.metering.usage_store import UsageStore
 from headrace.serving.observe import Metrics
 from headrace.serving.pipeline import Pipeline
 from headrace.serving.tracing import tracer
-from headrace.v1 import inference_pb2_grpc
+from headrace.v1 import admin_pb2, admin_pb2_grpc, inference_pb2_grpc
 
 HOUSEKEEPING_S = 1.0
 TOKENISER_THREADS = 2
+_ADMIN = admin_pb2.DESCRIPTOR.services_by_name["Admin"].full_name
 ANSWER_BYTES_MAX = 64 << 20
 """A unary answer: 16 choices of 8 Ki tokens with 20 logprobs each are about 40 MiB."""
 
@@ -83,6 +90,7 @@ class Frontend:
         self._on_change = on_change
         self._has_changed = asyncio.Event()
         self._stack = contextlib.AsyncExitStack()
+        self.accounts: AccountView
         self.fleet: ReplicaFleet
         self.pipeline: Pipeline
         self.readiness: Readiness
@@ -105,8 +113,11 @@ class Frontend:
         config, stack = self._config, self._stack
         stack.callback(self._executor.shutdown, wait=False, cancel_futures=True)
         token = cluster_token(config.cluster_token_file)
-        keys = KeyStore(config.keys_path, config.pepper_path, clock=self._clock)
-        authenticator = Authenticator(keys, clock=self._clock)
+        accounts, self.accounts = await asyncio.to_thread(self._open_accounts)
+        authenticator = Authenticator(self.accounts, clock=self._clock)
+        edge = self._edge(authenticator)
+        admin = AdminService(accounts, clock=self._clock)
+        stack.push_async_callback(asyncio.to_thread, admin.close)
         traces = tracer(config.telemetry, version=self._version)
         stack.push_async_callback(asyncio.to_thread, traces.close)
         store = await asyncio.to_thread(self._open_store)
@@ -140,9 +151,7 @@ class Frontend:
         )
         directory = await self._start_directory(token)
         http = await self._start_http()
-        public = await self._start_grpc(
-            service, Edge(authenticator=authenticator, metrics=self.metrics)
-        )
+        public = await self._start_grpc(service, admin, edge)
         housekeeping = asyncio.get_running_loop().create_task(self._keep_house())
         stack.push_async_callback(_ended, housekeeping)
         addresses = Addresses(grpc=public, http=http, directory=directory)
@@ -175,6 +184,25 @@ class Frontend:
         self.gate.is_draining = True
         await self._stack.aclose()
         log.stopped(role="frontend")
+
+    def _open_accounts(self) -> tuple[AccountStore, AccountView]:
+        """The store, and the view that follows it in a thread until `stop`."""
+        accounts = open_accounts(self._config, clock=self._clock)
+        self._stack.push_async_callback(asyncio.to_thread, accounts.close)
+        stale_s = self._config.accounts.stale_s
+        view = AccountView(accounts, clock=self._clock, stale_s=stale_s)
+        self._stack.push_async_callback(asyncio.to_thread, view.close)
+        view.start()
+        return accounts, view
+
+    def _edge(self, authenticator: Authenticator) -> Edge:
+        settings = self._config.frontend
+        return Edge(
+            authenticator=authenticator,
+            tokens=OperatorTokens(self._config.operators, clock=self._clock),
+            peers=Peers(settings.trusted_proxies, header=settings.proxy_header),
+            metrics=self.metrics,
+        )
 
     def _open_store(self) -> UsageStore:
         meter = self._config.meter
@@ -225,15 +253,16 @@ class Frontend:
             where = f"{settings.host}:{settings.http_port}"
             raise _port_taken("frontend.http_port", where) from error
 
-    async def _start_grpc(self, service: InferenceService, edge: Edge) -> str:
+    async def _start_grpc(self, service: InferenceService, admin: AdminService, edge: Edge) -> str:
         settings = self._config.frontend
         server = self._server = grpc.aio.server(
             interceptors=[edge], options=self._grpc_options(), compression=None
         )
         inference_pb2_grpc.add_InferenceServicer_to_server(service, server)
+        admin_pb2_grpc.add_AdminServicer_to_server(admin, server)
         self.readiness.add_to(server)
         await self.readiness.publish()
-        names = [*SERVICES[1:], "grpc.health.v1.Health", reflection.SERVICE_NAME]
+        names = [*SERVICES[1:], _ADMIN, "grpc.health.v1.Health", reflection.SERVICE_NAME]
         reflection.enable_server_reflection(names, server)
         where = f"{settings.host}:{settings.grpc_port}"
         try:

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import grpc.aio
 
-from headrace.serving.admission.key_store import KeyStore, cluster_token
+from headrace.serving.admission.accounts import demo_key
+from headrace.serving.admission.key_store import cluster_token
 from headrace.serving.channel.directory import Announcer
 from headrace.serving.channel.replica_server import ReplicaServer, Sink
 from headrace.serving.clock import SystemClock
@@ -26,7 +27,7 @@ from headrace.serving.testing.greedy_sampler import GreedySampler
 from headrace.serving.testing.scripted_engine import Rule, chained, tiny_limits
 from headrace.serving.testing.tiny_artifact import tiny_manifest, write_tiny_artifact
 from headrace.serving.tokenizer import Tokenizer
-from headrace.v1 import inference_pb2_grpc
+from headrace.v1 import admin_pb2_grpc, inference_pb2_grpc
 
 MODEL = "tiny"
 CONTROL_TOKENS = 3
@@ -135,14 +136,14 @@ class Platform:
         self.addresses: Addresses
         self.frontend: Frontend
         self.stub: inference_pb2_grpc.InferenceStub
+        self.admin: admin_pb2_grpc.AdminStub
         self.channel: grpc.aio.Channel
         self._has_changed = asyncio.Event()
 
     async def __aenter__(self) -> "Platform":
         self.config.prepare_home()
         write_tiny_artifact(self._folder, self.manifest)
-        keys = KeyStore(self.config.keys_path, self.config.pepper_path, clock=SystemClock())
-        self.key = keys.demo().key
+        self.key = demo_key(self.config)
         self.metadata = (("authorization", f"Bearer {self.key}"),)
         self.frontend = Frontend(self.config, on_change=self._has_changed.set)
         self.addresses = await self.frontend.start()
@@ -150,6 +151,7 @@ class Platform:
             self.addresses.grpc, options=[("grpc.use_local_subchannel_pool", 1)]
         )
         self.stub = inference_pb2_grpc.InferenceStub(self.channel)
+        self.admin = admin_pb2_grpc.AdminStub(self.channel)
         for _ in range(self._num_replicas):
             await self.add_replica()
         return self
@@ -178,6 +180,10 @@ class Platform:
         while not condition():
             self._has_changed.clear()
             await self._has_changed.wait()
+
+    async def sees_accounts(self) -> None:
+        """Wait until the frontend knows what was changed before this call."""
+        await asyncio.to_thread(self.frontend.accounts.refresh)
 
     async def settled(self) -> None:
         """Wait until no answer is open: then every record is closed."""

@@ -22,8 +22,7 @@ from headrace.deploy.bench.peers.base import THREADS, Entrant, PeerFailed
 from headrace.deploy.bench.peers.in_process import worker
 from headrace.deploy.bench.workload import Load
 from headrace.deploy.supervisor import Supervisor
-from headrace.serving.admission.key_store import KeyStore
-from headrace.serving.clock import SystemClock
+from headrace.serving.admission.accounts import demo_key
 from headrace.serving.config import Config, ModelConfig
 from headrace.serving.domain.artifact import Precision
 from headrace.serving.errors import ServingError
@@ -111,7 +110,7 @@ class Headrace:
             try:
                 await supervisor.start(frontend=True, control=True)
                 await supervisor.until_serving(READY_S_MAX)
-                key = KeyStore(config.keys_path, config.pepper_path, clock=SystemClock()).demo().key
+                key = demo_key(config)
                 assert supervisor.addresses is not None
                 async with inference_stub(supervisor.addresses.grpc) as stub:
                     yield HeadraceEntrant(supervisor, stub, self._model, key)
