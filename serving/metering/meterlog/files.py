@@ -108,7 +108,9 @@ class LocalFiles:
         try:
             os.posix_fallocate(descriptor, 0, size)
         except OSError:
+            # What was set aside in vain is somebody else's room.
             os.close(descriptor)
+            path.unlink()
             raise
         return LocalFile(descriptor)
 
