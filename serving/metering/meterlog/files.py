@@ -50,8 +50,6 @@ class Files(Protocol):
 
     def rename(self, old: Path, new: Path) -> None: ...
 
-    def remove(self, path: Path) -> None: ...
-
     def sync(self, path: Path) -> None:
         """Make durable what was written to a file, by whomever."""
         ...
@@ -119,9 +117,6 @@ class LocalFiles:
 
     def rename(self, old: Path, new: Path) -> None:
         old.rename(new)
-
-    def remove(self, path: Path) -> None:
-        path.unlink()
 
     def sync(self, path: Path) -> None:
         descriptor = os.open(path, os.O_RDONLY)

@@ -51,6 +51,18 @@ class Holds:
     def __contains__(self, reserve: int) -> bool:
         return reserve in self._open
 
+    def get(self, reserve: int) -> Hold | None:
+        return self._open.get(reserve)
+
+    def agrees_with(self, other: "Holds") -> bool:
+        """Whether both hold the same, down to the last checkpoint."""
+        return len(self) == len(other) and all(
+            (known := other.get(hold.seq)) is not None
+            and known.reserved == hold.reserved
+            and known.usage == hold.usage
+            for hold in self
+        )
+
     def began(self, seq: int, payload: bytes) -> None:
         hold = self._open[seq] = Hold(seq, payload)
         self.num_bytes += hold.num_bytes

@@ -11,7 +11,6 @@ before anything is lost, as the room for the next segment is set aside beforehan
 import asyncio
 import queue
 import threading
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -103,8 +102,8 @@ class Writer:
     has_failed: bool = False
     why: str = ""
     _entries: "queue.SimpleQueue[Entry]" = field(default_factory=lambda: queue.SimpleQueue[Entry]())
-    _flushed_s: float = 0.0
-    _probed_s: float = 0.0
+    _flushed_ms: float = 0.0
+    _probed_ms: float = 0.0
     _hurries: bool = False
     _over: bool = False
     _gate: threading.Lock = field(default_factory=threading.Lock)
@@ -172,7 +171,7 @@ class Writer:
             if self.is_full:
                 log.meter_log_has_room()
             self.is_full = False
-        self._probed_s = time.monotonic()
+        self._probed_ms = self.clock.monotonic_ms()
         self.metrics.meter_healthy(healthy=not self.is_full)
 
     def _take(self, wait_s: float) -> list[Entry]:
@@ -194,16 +193,18 @@ class Writer:
 
     def _write(self, batch: Sequence[Entry]) -> None:
         """Make the batch durable, with the checkpoints when those are due."""
-        began = time.monotonic()
+        began_ms = self.clock.monotonic_ms()
         records: list[Record] = [entry for entry in batch if entry.payload]
-        if began - self._flushed_s >= self.checkpoint_s or any(entry.wish for entry in batch):
+        due = began_ms - self._flushed_ms >= self.checkpoint_s * 1000
+        if due or any(entry.wish for entry in batch):
             self._hurries = False
-            self._flushed_s = began
+            self._flushed_ms = began_ms
             records += self._checkpoints()
         if records:
             self.journal.append(records)
             self.metrics.meter_synced(seconds=self.journal.sync_s)
-            self.metrics.meter_wrote(seconds=time.monotonic() - began, events=len(records))
+            took_s = (self.clock.monotonic_ms() - began_ms) / 1000
+            self.metrics.meter_wrote(seconds=took_s, events=len(records))
             self._advance()
 
     def _tend(self) -> None:
@@ -211,9 +212,8 @@ class Writer:
         journal = self.journal
         journal.seal_if_old()
         self._advance()
-        if not journal.has_spare and (
-            not self.is_full or time.monotonic() - self._probed_s >= self.probe_s
-        ):
+        probed_s = (self.clock.monotonic_ms() - self._probed_ms) / 1000
+        if not journal.has_spare and (not self.is_full or probed_s >= self.probe_s):
             self.keep_spare()
         self.metrics.meter_segment_age(journal.age_s)
 
