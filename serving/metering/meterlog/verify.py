@@ -113,8 +113,15 @@ def _check_segment(folder: LogFolder, number: int, walk: _Walk, *, is_last: bool
             continue
         _check_event(event, kind, frame, walk.holds, path)
     torn = fmt.check_tail(data, path, offset=end, seq=walk.next_seq)
-    if (torn and is_sealed) or (not is_sealed and not is_last) or not is_carried:
-        raise fmt.damaged(path, offset=end, seq=walk.next_seq, why="it does not end as it should")
+    why = ""
+    if not is_carried:
+        why = "it does not begin with all holds that were open"
+    elif is_sealed and torn:
+        why = "something follows its Seal"
+    elif not is_sealed and not is_last:
+        why = "it ends without a Seal, and another segment follows"
+    if why:
+        raise fmt.damaged(path, offset=end, seq=walk.next_seq, why=why)
     walk.torn_bytes = torn
 
 
