@@ -190,9 +190,9 @@ def test_an_error_at_any_operation_stops_the_log_for_good(fault, start, told):
         reached = disk.operations > at
         for left in (disk.after_power_cut(random.Random(at)), disk.after_kill()):
             start(left, epoch="after").log.close()
-            said.holds_in(told(left))
-            # What the recovery relied on is durable, whatever the failed sync had promised.
+            # What the recovery relied on is durable, whatever the kernel showed it.
             cut = left.after_power_cut(random.Random(at), Survival.NOTHING)
+            said.holds_in(told(left))
             start(cut, epoch="last").log.close()
             said.holds_in(told(cut))
         if not reached:
