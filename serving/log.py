@@ -168,6 +168,27 @@ def operator_keys_unreadable(*, path: str, why: str) -> None:
     _event(logging.ERROR, "operator_keys_unreadable", path=path, why=why)
 
 
+def meter_log_torn(*, path: str, offset: int, num_bytes: int, seq: int) -> None:
+    """A write that a power cut tore was taken back; none of its records had been acknowledged."""
+    _event(
+        logging.WARNING,
+        "meter_log_torn",
+        path=path,
+        offset=offset,
+        num_bytes=num_bytes,
+        seq=seq,
+    )
+
+
+def meter_log_full(*, why: str) -> None:
+    """No room for another segment: new work is refused, what was accepted is settled."""
+    _event(logging.ERROR, "meter_log_full", why=why)
+
+
+def meter_log_has_room() -> None:
+    _event(logging.WARNING, "meter_log_has_room")
+
+
 def refused(error: ServingError, *, during: str) -> None:
     """A refusal that reaches no caller, for example of a background task."""
     _event(

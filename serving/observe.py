@@ -141,7 +141,7 @@ REPLICAS_READY = Spec(
 )
 TOKENS = Spec(
     "headrace_tokens_total",
-    "Tokens of settled requests by disjoint kind, as written to the usage records.",
+    "Tokens of settled requests by disjoint kind, as written to the meter log.",
     "Telemetry, not the bill: `headrace usage` is. A difference between the two is a defect.",
     ("model", "kind"),
 )
@@ -170,20 +170,33 @@ STREAMS_OPEN = Spec(
 )
 METER_WRITE = Spec(
     "headrace_meter_write_seconds",
-    "Time of one transaction of the usage store.",
+    "Time in which the meter log's writer makes one batch of events durable.",
     "Above 0.025: the disk is slow or shared; every request waits for it twice.",
     (),
     _WRITE,
 )
+METER_SYNC = Spec(
+    "headrace_meter_sync_seconds",
+    "Time of the fdatasync of a batch: the part of a write that is the disk's.",
+    "Near headrace_meter_write_seconds, and high: get a faster disk. Well below: the frontend "
+    "lacks CPU.",
+    (),
+    _WRITE,
+)
+METER_SEGMENT_AGE = Spec(
+    "headrace_meter_segment_age_seconds",
+    "Since the meter log's segment was begun; 0 while it holds nothing to seal.",
+    "Well above meter.seal_s: no room for another segment; free space under HEADRACE_HOME.",
+)
 METER_EVENTS = Spec(
     "headrace_meter_events_total",
-    "Events written to the usage store, by whether they were stored.",
+    "Events for the meter log, by whether they were stored.",
     'Any stored="no": requests were refused with METER_UNAVAILABLE; check the disk.',
     ("stored",),
 )
 METER_QUEUE = Spec(
     "headrace_meter_queue",
-    "Events that wait for the usage store's writer.",
+    "Events that wait for the meter log's writer.",
     "Near meter.queue_max: the disk cannot follow; requests will be refused next.",
 )
 METER_HEALTHY = Spec(
@@ -313,6 +326,8 @@ class Metrics:
         self._ready = self._gauge(REPLICAS_READY)
         self._streams_open = self._gauge(STREAMS_OPEN)
         self._meter_write = self._histogram(METER_WRITE)
+        self._meter_sync = self._histogram(METER_SYNC)
+        self._meter_segment_age = self._gauge(METER_SEGMENT_AGE)
         stored = self._counter(METER_EVENTS)
         self._meter_stored = stored.labels("yes")
         self._meter_refused = stored.labels("no")
@@ -363,6 +378,12 @@ class Metrics:
     def meter_wrote(self, *, seconds: float, events: int) -> None:
         self._meter_write.observe(seconds)
         self._meter_stored.inc(events)
+
+    def meter_synced(self, *, seconds: float) -> None:
+        self._meter_sync.observe(seconds)
+
+    def meter_segment_age(self, seconds: float) -> None:
+        self._meter_segment_age.set(seconds)
 
     def meter_refused(self, *, events: int) -> None:
         self._meter_refused.inc(events)

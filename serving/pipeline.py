@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from headrace.serving import log
 from headrace.serving.clock import Clock
 from headrace.serving.domain.generate import Chunk, Generate, Settled
-from headrace.serving.domain.record import Caller, Opening, Settlement
+from headrace.serving.domain.record import Caller, Opening, Refused, Settlement
 from headrace.serving.domain.usage import Outcome, Price, Usage, nano_of
 from headrace.serving.errors import (
     DeadlineExceeded,
@@ -273,30 +273,16 @@ class Pipeline:
         return 0
 
     async def _write_refusal(self, refusal: "Refusal") -> int:
-        now_ms = self._clock.unix_ms()
-        record_id = f"{refusal.request_id}#{secrets.token_hex(8)}"
-        await self._meter.open(
-            Opening(
+        await self._meter.refuse(
+            Refused(
                 tenant_id=refusal.caller.tenant_id,
-                request_id=record_id,
+                project_id=refusal.caller.project_id,
+                request_id=f"{refusal.request_id}#{secrets.token_hex(8)}",
                 key_id=refusal.caller.key_id,
                 model=refusal.model,
-                version="",
                 price=refusal.price,
-                accepted_unix_ms=now_ms,
-            )
-        )
-        await self._meter.settle(
-            Settlement(
-                tenant_id=refusal.caller.tenant_id,
-                request_id=record_id,
-                usage=Usage(),
                 outcome=refusal.ending,
-                charge_femto=0,
-                version="",
-                first_token_unix_ms=None,
-                settled_unix_ms=now_ms,
-                replicas_tried=0,
+                refused_unix_ms=self._clock.unix_ms(),
             )
         )
         return 0

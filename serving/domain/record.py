@@ -93,6 +93,37 @@ class Refused:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Adjustment:
+    """A correction by a person or a rule; what was written before stays."""
+
+    adjustment_id: str
+    """Unique within the tenant: the same correction is applied once."""
+    tenant_id: str
+    amount_femto: int
+    """Added to what is owed; negative gives back."""
+    currency: str
+    reason: str
+    actor: str
+    project_id: str = DEFAULT_PROJECT
+    request_id: str = ""
+    """The request that it corrects; empty when it corrects none."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grant:
+    """Credit for a tenant, or a slice of a budget that was leased to a frontend."""
+
+    grant_id: str
+    tenant_id: str
+    amount_femto: int
+    currency: str
+    actor: str
+    budget_id: str = ""
+    expires_unix_ms: int = 0
+    """0: never."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class UsageRecord:
     """One row of `headrace usage`."""
 

@@ -2,15 +2,15 @@
 
 from typing import Protocol
 
-from headrace.serving.domain.record import Opening, Settlement
+from headrace.serving.domain.record import Opening, Refused, Settlement
 from headrace.serving.domain.usage import Usage
 
 
 class Meter(Protocol):
-    """Every request is opened once and settled once, whatever its end."""
+    """Every request is opened once and settled once, whatever its end; or refused once."""
 
     async def open(self, opening: Opening) -> None:
-        """Record that a request begins; returns once a killed process cannot lose it.
+        """Record that a request begins; returns once that is durable.
 
         Raises:
             AlreadyServed: the tenant has used this request_id before.
@@ -26,9 +26,17 @@ class Meter(Protocol):
         ...
 
     async def settle(self, settlement: Settlement) -> None:
-        """Close the record; returns once a killed process cannot lose it. The first one wins.
+        """Close the record; returns once that is durable. The first one wins.
 
         Raises:
             MeterUnavailable: the record cannot be written; the final message must not be sent.
+        """
+        ...
+
+    async def refuse(self, refused: Refused) -> None:
+        """Record a request that never ran; returns once that is durable. Charges nothing.
+
+        Raises:
+            MeterUnavailable: the record cannot be written.
         """
         ...

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from headrace.serving import log
 from headrace.serving.clock import Clock
-from headrace.serving.domain.record import Opening, Settlement
+from headrace.serving.domain.record import Opening, Refused, Settlement
 from headrace.serving.domain.usage import Outcome, Usage
 from headrace.serving.errors import MeterUnavailable, ServingError
 from headrace.serving.metering import usage_schema as schema
@@ -135,6 +135,31 @@ class UsageStore(UsageReader):
         row = schema.settlement_row(settlement)
         self._checkpoints.ended((settlement.tenant_id, settlement.request_id))
         await self._write(Event(settlement=settlement, row=row))
+
+    async def refuse(self, refused: Refused) -> None:
+        """See `Meter.refuse`: here it is an opening and its settlement."""
+        opening = Opening(
+            tenant_id=refused.tenant_id,
+            request_id=refused.request_id,
+            key_id=refused.key_id,
+            model=refused.model,
+            version="",
+            price=refused.price,
+            accepted_unix_ms=refused.refused_unix_ms,
+        )
+        await self.open(opening)
+        settlement = Settlement(
+            tenant_id=refused.tenant_id,
+            request_id=refused.request_id,
+            usage=Usage(),
+            outcome=refused.outcome,
+            charge_femto=0,
+            version="",
+            first_token_unix_ms=None,
+            settled_unix_ms=refused.refused_unix_ms,
+            replicas_tried=0,
+        )
+        await self.settle(settlement)
 
     async def flush(self) -> None:
         """Return once every checkpoint noted so far is written."""

@@ -220,10 +220,12 @@ class Grant(_message.Message):
     def __init__(self, grant_id: _Optional[str] = ..., tenant_id: _Optional[str] = ..., budget_id: _Optional[str] = ..., amount_femto: _Optional[int] = ..., currency: _Optional[str] = ..., expires_unix_ms: _Optional[int] = ..., actor: _Optional[str] = ...) -> None: ...
 
 class Carry(_message.Message):
-    __slots__ = ("open",)
+    __slots__ = ("open", "left")
     OPEN_FIELD_NUMBER: _ClassVar[int]
+    LEFT_FIELD_NUMBER: _ClassVar[int]
     open: _containers.RepeatedCompositeFieldContainer[OpenHold]
-    def __init__(self, open: _Optional[_Iterable[_Union[OpenHold, _Mapping]]] = ...) -> None: ...
+    left: int
+    def __init__(self, open: _Optional[_Iterable[_Union[OpenHold, _Mapping]]] = ..., left: _Optional[int] = ...) -> None: ...
 
 class OpenHold(_message.Message):
     __slots__ = ("reserve", "reserved", "usage")

@@ -491,10 +491,11 @@ def test_a_replay_is_refused_and_leaves_a_record_of_its_own() -> None:
         with pytest.raises(AlreadyServed):
             await anext(call.pipeline.generate(REQUEST))
 
-        first, replay = call.meter.settled.values()
+        (first,) = call.meter.settled.values()
+        (replay,) = call.meter.refused.values()
         assert (first.request_id, first.outcome) == ("r1", Outcome.OK)
         assert replay.request_id.startswith("r1#")
-        assert (replay.outcome, replay.usage) == (Outcome.REJECTED, Usage())
+        assert (replay.tenant_id, replay.outcome) == ("t1", Outcome.REJECTED)
 
     run_virtually(story())
 

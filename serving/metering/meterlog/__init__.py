@@ -1,0 +1,1 @@
+"""The meter log: append-only, checksummed, fsynced; what everything else about usage follows."""
