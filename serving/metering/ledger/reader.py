@@ -43,6 +43,12 @@ class Which:
     month: int | None = None
     """Ended in this UTC month, a number like 202611."""
 
+    @property
+    def names_requests(self) -> bool:
+        """Whether it asks for what only a request has."""
+        asked = (self.key_id, self.model, self.tier, self.request_id)
+        return any(each is not None for each in asked)
+
     def clause(self) -> tuple[str, list[Value]]:
         """The WHERE clause and its values; only what is set, so that an index can serve it."""
         conditions: dict[str, Value] = {

@@ -9,7 +9,7 @@ from headrace.serving.domain.tier import Tier, Verdict
 from headrace.serving.domain.usage import Outcome, Price, Usage
 from headrace.serving.errors import AmountOutOfRange, ConfigRefused, MeterLogDamaged
 from headrace.serving.metering.ledger.ledger import Ledger
-from headrace.serving.metering.ledger.reader import LedgerReader, Which
+from headrace.serving.metering.ledger.reader import Which
 from headrace.serving.testing.memory_log import NOVEMBER, PRICE, USED, MemoryLog
 from headrace.v1 import meterlog_pb2 as pb
 from headrace.v1 import usage_pb2

@@ -214,9 +214,10 @@ def test_two_who_apply_one_log_at_once_count_it_once(tmp_path, postgres):
     log = MemoryLog()
     for i in range(300):
         log.serves(f"r{i}")
+    dsn = postgres.new_database()
     databases = {
         "sqlite": lambda: SqliteDatabase(tmp_path / "ledger.db"),
-        "postgres": lambda dsn=postgres.new_database(): PostgresDatabase(dsn),
+        "postgres": lambda: PostgresDatabase(dsn),
     }
     for make in databases.values():
         followers = [
