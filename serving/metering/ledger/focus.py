@@ -90,7 +90,7 @@ def rows(ledger: Ledger, which: Which) -> Iterator[FocusRow]:
     """
     ledger.prepare()
     where, values = which.clause()
-    where = f"{where} AND request.month IS NOT NULL" if where else "WHERE month IS NOT NULL"
+    where = f"{where} AND request.month IS NOT NULL" if where else "WHERE request.month IS NOT NULL"
     for row in ledger.database.stream(
         f"{_USAGE} {where} ORDER BY quantity.log_no, quantity.seq, quantity.unit", values
     ):

@@ -1,10 +1,10 @@
-"""Makes a ledger again from its logs: everything but invoices, which are taken from the one before."""
+"""Makes a ledger again from its logs; invoices, which are in no log, come from the one before."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 from headrace.serving.clock import SystemClock
-from headrace.serving.errors import InvalidRequest
+from headrace.serving.errors import ConfigRefused, InvalidRequest
 from headrace.serving.metering.ledger import former
 from headrace.serving.metering.ledger.database import Database
 from headrace.serving.metering.ledger.invoice import copy_invoices
@@ -32,8 +32,6 @@ def open_postgres(dsn: str) -> Database:
     try:
         from headrace.serving.metering.ledger.postgres_database import PostgresDatabase
     except ImportError as error:
-        from headrace.serving.errors import ConfigRefused
-
         raise ConfigRefused(
             "PostgreSQL's driver is not installed.",
             why="An embedded installation does not need it.",
@@ -53,7 +51,7 @@ def replay(
         sources: every log there is.
         target: empty, or filled in part by an earlier replay.
         before: the ledger that has the invoices.
-        former_path: of the file with the records of version 1; they go into the same file only.
+        former_path: of the file that may have records of version 1.
 
     Raises:
         InvalidRequest: target and before are one ledger.

@@ -1,9 +1,9 @@
 """Sends every ended request as a CloudEvent to an OpenMeter-compatible receiver.
 
 At least once: the mark of what was taken is in the ledger, and moves after the receiver has said
-so. An event is named by its log and the number of the record that ended the request, so a receiver that
-gets it twice can tell (CloudEvents 1.0: source and id are unique together); ours is the same for
-ever, however late it comes.
+so. An event is named by its log and the number of the record that ended the request, so a receiver
+that gets it twice can tell (CloudEvents 1.0: source and id are unique together); the name is the
+same for ever, however late it comes.
 
 Nothing is skipped. A receiver that is gone is tried again, ever more slowly; one that refuses what
 we send stops the sink until somebody looks, and the events wait in the ledger.
@@ -13,7 +13,7 @@ import http.client
 import json
 import ssl
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
@@ -133,13 +133,13 @@ class Sink:
     receiver: Receiver
     refusal: str = ""
     """Why it stands still: what the receiver said."""
-    _backoff: Backoff | None = None
+    _backoff: Backoff = field(default_factory=lambda: Backoff(BACKOFF_FIRST_S, BACKOFF_LONGEST_S))
     _log_no: int = 0
     _mark: int | None = None
 
     def turn(self) -> float | None:
         """Send one batch; the seconds to wait before the next turn, None once it stands still."""
-        backoff = self._backoff = self._backoff or Backoff(BACKOFF_FIRST_S, BACKOFF_LONGEST_S)
+        backoff = self._backoff
         try:
             sent = self._send()
         except (NotTaken, LedgerUnavailable) as error:
