@@ -80,19 +80,21 @@ class Findings:
             self.differences.append(difference)
 
 
-def reconcile(sources: Sequence[Source], ledger: Ledger) -> Findings:
+def reconcile(sources: Sequence[Source], ledger: Ledger, *, month: int | None = None) -> Findings:
     """Compare logs and ledger, as far as the ledger has come in each log.
 
     Args:
         sources: every log that the ledger is made of; one that is not here is a difference.
         ledger: of these logs, and of version 1's records, which are compared with themselves.
+        month: compare only requests that ended in this one; which requests there are is compared
+            in any case.
 
     Raises:
         LedgerUnavailable, MeterUnavailable: a book cannot be read.
         MeterLogDamaged: the log itself is not sound.
     """
     findings = Findings()
-    books = _Books()
+    books = _Books(month)
     for source in sources:
         _OneLog(source, ledger, findings, books).compare()
     known = {source.log_id for source in sources} | {FORMER_LOG_ID}
@@ -109,6 +111,8 @@ def reconcile(sources: Sequence[Source], ledger: Ledger) -> Findings:
 class _Books:
     """Sums that the logs make."""
 
+    month: int | None
+    """Only of this one."""
     balances: Effects = field(default_factory=Effects)
     units: "Counter[tuple[str, str]]" = field(default_factory=Counter[tuple[str, str]])
     """By tenant and unit, over requests that ended."""
@@ -149,7 +153,8 @@ class _OneLog:
             each.seq for each in batch if each.event.WhichOneof("kind") in ("reserve", "refuse")
         }
         self._compare_existence(fold, made, first=batch[0].seq, last=batch[-1].seq)
-        ended = [request for request in effects.requests.values() if not request.is_open]
+        over = [request for request in effects.requests.values() if not request.is_open]
+        ended = [each for each in over if self._books.month in (None, each.month)]
         quantities: dict[int, dict[str, int]] = {}
         for _, seq, unit, quantity in effects.quantities:
             quantities.setdefault(int(str(seq)), {})[str(unit)] = int(str(quantity))
@@ -157,7 +162,7 @@ class _OneLog:
         self._compare_corrections("adjustment", schema.ADJUSTMENT, effects.adjustments)
         self._compare_corrections("credit", schema.CREDIT, effects.credits)
         self._add(effects, ended, quantities)
-        for request in ended:
+        for request in over:
             fold.known.pop(request.seq, None)
 
     def _compare_existence(self, fold: Fold, made: set[int], *, first: int, last: int) -> None:
@@ -269,6 +274,8 @@ class _OneLog:
         quantities: Mapping[int, Mapping[str, int]],
     ) -> None:
         for key, balance in effects.balances.items():
+            if self._books.month not in (None, key[3]):
+                continue
             mine = self._books.balances.balance(key)
             mine.requests += balance.requests
             mine.charge += balance.charge
@@ -280,14 +287,16 @@ class _OneLog:
 def _compare_sums(ledger: Ledger, findings: Findings, books: _Books) -> None:
     """Sums that logs make, sums over the ledger's rows, and its balances."""
     former = _former_no(ledger)
+    of_month = "" if books.month is None else " AND request.month = ?"
+    values = (former,) if books.month is None else (former, books.month)
     by_rows: dict[BalanceKey, tuple[int, int]] = {
         (tenant, project, currency, month): (requests, exact(high, low))
         for tenant, project, currency, month, requests, high, low in ledger.database.rows(
             "SELECT tenant_id, project_id, price.currency, month, count(*),"
             f" {sum_of('charge_femto')} FROM request JOIN price ON price.price_id ="
-            " request.price_id WHERE month IS NOT NULL AND log_no <> ?"
+            f" request.price_id WHERE month IS NOT NULL AND log_no <> ?{of_month}"
             " GROUP BY tenant_id, project_id, price.currency, month",
-            (former,),
+            values,
         )
     }
     by_logs = {
@@ -306,8 +315,8 @@ def _compare_sums(ledger: Ledger, findings: Findings, books: _Books) -> None:
         for tenant, unit, high, low in ledger.database.rows(
             f"SELECT tenant_id, unit, {sum_of('quantity')} FROM quantity JOIN request ON"
             " request.log_no = quantity.log_no AND request.seq = quantity.seq"
-            " WHERE quantity.log_no <> ? GROUP BY tenant_id, unit",
-            (former,),
+            f" WHERE quantity.log_no <> ?{of_month} GROUP BY tenant_id, unit",
+            values,
         )
     }
     for key in sorted(units.keys() | books.units.keys()):
