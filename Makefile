@@ -4,15 +4,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check --quiet
 
-.PHONY: serve test check bench gpu-check protos lock clean
+.PHONY: serve test check bench gpu-check protos lock postgres clean
 
 serve: $(VENV)/.installed ## set up, compile the demo model once, serve in the foreground
 	@$(BIN)/headrace serve
 
-test: $(VENV)/.dev ## set up and run all tests
+test: $(VENV)/.dev postgres ## set up and run all tests
 	@$(BIN)/python -m pytest -q -n 2
 
-check: $(VENV)/.dev build/types protos ## everything a reviewer runs before reading
+check: $(VENV)/.dev build/types protos postgres ## everything a reviewer runs before reading
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
@@ -36,6 +36,19 @@ protos: $(VENV)/.dev ## generate serving/pb from protos/
 lock: $(VENV)/.dev ## pin the runtime dependencies with hashes
 	$(BIN)/pip-compile --quiet --generate-hashes --strip-extras --no-emit-index-url \
 	  --no-emit-find-links --no-emit-options --output-file requirements/runtime.txt pyproject.toml
+
+# The tests start a server of their own from Debian's package; without it they say why they skip.
+postgres:
+	@if ! ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1; then \
+	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	    echo "installing Debian's postgresql for the tests of the shared ledger"; \
+	    { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq \
+	      --no-install-recommends postgresql; } >/dev/null || \
+	      echo "postgresql could not be installed: its tests will be skipped"; \
+	  else \
+	    echo "postgresql is not installed and this is not root on Debian: its tests will be skipped"; \
+	  fi; \
+	fi
 
 # The serving install is pinned with hashes; torch and transformers are for export only.
 $(VENV)/.runtime: requirements/runtime.txt

@@ -171,6 +171,14 @@ def check_artifacts(config: Config) -> Iterable[Finding]:
         yield Finding("artifact", Status.WARN, "no model is compiled yet", fix)
 
 
+_COUNT_RECORDS = {
+    "request": "SELECT count(*) FROM request WHERE log_no NOT IN"
+    " (SELECT log_no FROM log WHERE log_id = 'usage-records-1')",
+    "usage": "SELECT count(*) FROM usage",
+}
+"""By table: the ledger's own, and those of the release before, which the ledger has taken over."""
+
+
 def check_records(config: Config) -> Iterable[Finding]:
     """SQLite's own look at the file; about a second for each gigabyte."""
     path = config.ledger_path
@@ -180,7 +188,11 @@ def check_records(config: Config) -> Iterable[Finding]:
     try:
         with closing(connect_reading(path)) as connection:
             (verdict,) = connection.execute("PRAGMA quick_check(1)").fetchone()
-            (count,) = connection.execute("SELECT count(*) FROM usage").fetchone()
+            count = sum(
+                connection.execute(_COUNT_RECORDS[name]).fetchone()[0]
+                for (name,) in connection.execute("SELECT name FROM sqlite_schema").fetchall()
+                if name in _COUNT_RECORDS
+            )
     except sqlite3.Error as error:
         verdict, count = str(error), 0
     if verdict == "ok":

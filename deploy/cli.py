@@ -22,7 +22,12 @@ VERBS = {
     "models": "pull, list and inspect models",
     "chat": "talk to a served model",
     "keys": "make, list and revoke API keys",
-    "usage": "show what requests used and cost",
+    "usage": "show what requests used and cost, or export it",
+    "prices": "publish and show price books",
+    "statement": "show what a tenant owes for a month",
+    "invoice": "issue a month's invoices, or list them",
+    "reconcile": "prove that log and ledger agree",
+    "ledger": "show how far the ledger is, or make it again from the logs",
     "bench": "measure against the peers that are installed",
     "doctor": "check this machine and installation",
 }

@@ -146,6 +146,20 @@ class PricesConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LedgerConfig:
+    """Where the meter log is projected to, beside `ledger.db` in the home."""
+
+    postgres_dsn_file: Path | None = None
+    """File with a PostgreSQL connection string, which is a secret: the ledger that all frontends
+    share. It may be gone for as long as the log has room; serving does not wait for it."""
+    sink_url: str | None = None
+    """Receives a CloudEvent for every request that ended, for example
+    https://openmeter.example/api/v1/events."""
+    sink_token_file: Path | None = None
+    """File with the bearer token for sink_url."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TelemetryConfig:
     """OpenTelemetry traces. Off unless an endpoint is set."""
 
@@ -173,6 +187,7 @@ class Config:
     prices: PricesConfig = field(default_factory=PricesConfig)
     accounts: AccountsConfig = field(default_factory=AccountsConfig)
     operators: tuple[OperatorIssuer, ...] = ()
+    ledger: LedgerConfig = field(default_factory=LedgerConfig)
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
 
     @classmethod
@@ -241,6 +256,14 @@ class Config:
     @property
     def accounts_path(self) -> Path:
         return self.home / "accounts.db"
+
+    @property
+    def meterlog_dir(self) -> Path:
+        return self.home / "meterlog"
+
+    @property
+    def prices_dir(self) -> Path:
+        return self.home / "prices"
 
     @property
     def keys_path(self) -> Path:
@@ -336,6 +359,14 @@ def _consistent(config: Config, where: str) -> Config:
             )
     _check_whole_rates(config.prices, where)
     _check_networks(frontend.trusted_proxies, where)
+    sink_url = config.ledger.sink_url
+    if sink_url is not None and not sink_url.startswith(("https://", "http://")):
+        raise ConfigRefused(
+            f"{where}: ledger.sink_url is {sink_url!r}.",
+            why="Usage events are sent over HTTP.",
+            fix="Write it like https://openmeter.example/api/v1/events.",
+            field="ledger.sink_url",
+        )
     host, colon, port = config.directory.address.rpartition(":")
     if not (host and colon and port.isdecimal() and int(port) <= 65_535):
         raise ConfigRefused(

@@ -29,6 +29,7 @@
   x AmountOutOfRange        INVALID_ARGUMENT     a quantity or sum that cannot be recorded
   x MeterLogDamaged         FAILED_PRECONDITION  the meter log has a gap, a flipped bit or a fork
   x LedgerUnavailable       UNAVAILABLE          the ledger's database does not answer
+  x InvoiceBlocked          FAILED_PRECONDITION  log and ledger differ; nothing is invoiced
   * ArtifactError           FAILED_PRECONDITION  a model cannot be loaded or built
     x CheckpointUnreadable  FAILED_PRECONDITION  a truncated, foreign or unsafe checkpoint
     x ArtifactTampered      FAILED_PRECONDITION  a file differs from its manifest
@@ -243,6 +244,11 @@ class MeterLogDamaged(ServingError):
 class LedgerUnavailable(ServingError):
     code = Code.UNAVAILABLE
     reason = "LEDGER_UNAVAILABLE"
+
+
+class InvoiceBlocked(ServingError):
+    code = Code.FAILED_PRECONDITION
+    reason = "INVOICE_BLOCKED"
 
 
 class ArtifactError(ServingError):

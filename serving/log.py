@@ -189,6 +189,25 @@ def meter_log_has_room() -> None:
     _event(logging.WARNING, "meter_log_has_room")
 
 
+def ledger_behind(*, ledger: str, why: str) -> None:
+    """A ledger cannot be written; the log goes on, and the ledger will follow."""
+    _event(logging.WARNING, "ledger_behind", ledger=ledger, why=why)
+
+
+def ledger_reached(*, ledger: str) -> None:
+    """It can be written again, and catches up."""
+    _event(logging.WARNING, "ledger_reached", ledger=ledger)
+
+
+def sink_behind(*, sink: str, why: str) -> None:
+    """A receiver of usage events does not take them; they wait in the ledger."""
+    _event(logging.WARNING, "sink_behind", sink=sink, why=why)
+
+
+def sink_reached(*, sink: str) -> None:
+    _event(logging.WARNING, "sink_reached", sink=sink)
+
+
 def refused(error: ServingError, *, during: str) -> None:
     """A refusal that reaches no caller, for example of a background task."""
     _event(

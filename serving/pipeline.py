@@ -9,7 +9,7 @@ computed again is never charged.
 
 import asyncio
 import secrets
-from collections.abc import AsyncGenerator, Coroutine, Mapping
+from collections.abc import AsyncGenerator, Coroutine
 from dataclasses import dataclass
 
 from headrace.serving import log
@@ -24,6 +24,7 @@ from headrace.serving.errors import (
     Overloaded,
     ServingError,
 )
+from headrace.serving.metering import outcomes
 from headrace.serving.metering.meter import Meter
 from headrace.serving.observe import Metrics
 from headrace.serving.ports import Fleet
@@ -32,20 +33,6 @@ from headrace.serving.tracing import Span, SpanEnd
 
 ATTEMPTS_MAX = 3
 """Replicas one request may use. A request that kills three in a row is likely the cause."""
-
-CHARGED: Mapping[Outcome, bool] = {
-    Outcome.OK: True,
-    Outcome.BUDGET: True,
-    # What was delivered. Before the first token that is nothing, the prompt included.
-    Outcome.CANCELLED: True,
-    Outcome.DEADLINE: True,
-    Outcome.RECOVERED: True,
-    # Faults of ours are free, even after part of the answer was delivered.
-    Outcome.FAILED: False,
-    Outcome.REJECTED: False,
-    Outcome.EXPIRED: False,
-}
-"""The charge policy: whether the delivered usage is charged, by how the request ended."""
 
 
 class Pipeline:
@@ -313,7 +300,7 @@ class Pipeline:
 
     async def _write_settlement(self, run: Run, ending: Outcome) -> int:
         request, usage = run.request, run.tally.usage
-        charge_femto = request.price.charge_femto(usage) if CHARGED[ending] else 0
+        charge_femto = outcomes.charge_femto(request.price, usage, ending)
         charge_nano = nano_of(charge_femto)
         await self._meter.settle(
             Settlement(

@@ -7,12 +7,15 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
+from headrace.deploy import ledgers
+from headrace.deploy.commands import usage_export
 from headrace.deploy.tables import money, show_table
 from headrace.serving.clock import Clock, SystemClock
 from headrace.serving.config import Config
 from headrace.serving.domain.record import UsageRecord
+from headrace.serving.domain.tier import Tier
 from headrace.serving.errors import InvalidRequest
-from headrace.serving.metering.usage_reader import RECORDS_MAX, Totals, UsageReader, Which
+from headrace.serving.metering.ledger.reader import RECORDS_MAX, LedgerReader, Totals, Which
 
 _UNITS_MS = {"s": 1_000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
 _AGO = re.compile(r"([0-9]{1,6})([smhd])")
@@ -23,20 +26,39 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser = subparsers.add_parser(
         "usage",
         help="show what requests used and cost",
-        description="The newest requests first, with totals over all that match. Reads the "
-        "records beside a running frontend.",
+        description="The newest requests first, with totals over all that match. Reads this "
+        "home's ledger beside a running frontend, after bringing it up to the meter log.",
     )
-    parser.add_argument("--tenant", help="only this tenant's requests")
-    parser.add_argument("--request-id", help="only this request")
-    parser.add_argument(
-        "--since",
-        metavar="TIME",
-        help="accepted since: 90s, 15m, 2h, 7d, or 2026-01-31T12:00 (UTC)",
-    )
+    add_filters(parser)
     parser.add_argument("--limit", type=int, default=20, help="most requests shown (default: 20)")
     parser.add_argument("--home", type=Path, help="state folder (default: HEADRACE_HOME)")
     parser.add_argument("--json", action="store_true", help="print a list of JSON objects")
     parser.set_defaults(run=run)
+    actions = parser.add_subparsers(metavar="[ACTION]")
+    export = actions.add_parser(
+        "export",
+        help="write usage in FOCUS columns as CSV, JSON or Parquet",
+        description="One row for each unit of each request that ended, and for each correction; "
+        "from the ledger that is invoiced. Amounts are exact decimals.",
+        # What stands before `export` holds unless it is said again.
+        argument_default=argparse.SUPPRESS,
+    )
+    add_filters(export)
+    usage_export.add_arguments(export)
+    export.set_defaults(run=_export)
+
+
+def add_filters(parser: argparse.ArgumentParser) -> None:
+    """Options that choose requests; `which` reads them."""
+    parser.add_argument("--tenant", help="only this tenant's requests")
+    parser.add_argument("--project", help="only this project's")
+    parser.add_argument("--key", metavar="KEY_ID", help="only those made with this key")
+    parser.add_argument("--model", help="only those for this model")
+    parser.add_argument("--tier", choices=[tier.value for tier in Tier], help="as asked")
+    parser.add_argument("--request-id", help="only this request")
+    when = "90s, 15m, 2h, 7d ago, or 2026-01-31T12:00 (UTC)"
+    parser.add_argument("--since", metavar="TIME", help=f"accepted since: {when}")
+    parser.add_argument("--until", metavar="TIME", help=f"accepted before: {when}")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -47,17 +69,43 @@ def run(args: argparse.Namespace) -> int:
             fix="Narrow the question with --since or --tenant.",
             field="limit",
         )
-    since = None if args.since is None else since_unix_ms(args.since, SystemClock())
-    which = Which(tenant_id=args.tenant, request_id=args.request_id, since_unix_ms=since)
-    reader = UsageReader(Config.load(args.home).ledger_path)
-    records = reader.records(which, limit=args.limit)
-    if args.json:
-        print(json.dumps([as_json(record) for record in records]))
-    elif not records:
-        print("No requests yet. Try `headrace chat`." if which == Which() else "No such requests.")
-    else:
-        _show(records, reader.totals(which))
+    chosen = which(args)
+    config = Config.load(args.home)
+    with ledgers.local(config) as ledger:
+        reader = LedgerReader(ledger)
+        records = reader.records(chosen, limit=args.limit)
+        if args.json:
+            print(json.dumps([as_json(record) for record in records]))
+        elif not records:
+            none = "No requests yet. Try `headrace chat`."
+            print(none if chosen == Which() else "No such requests.")
+        else:
+            _show(records, reader.totals(chosen))
     return 0
+
+
+def which(args: argparse.Namespace, *, month: int | None = None) -> Which:
+    """The requests that `add_filters` chose.
+
+    Raises:
+        InvalidRequest: a time that is none.
+    """
+    clock = SystemClock()
+    return Which(
+        tenant_id=args.tenant,
+        project_id=args.project,
+        key_id=args.key,
+        model=args.model,
+        tier=None if args.tier is None else Tier(args.tier),
+        request_id=args.request_id,
+        since_unix_ms=None if args.since is None else since_unix_ms(args.since, clock),
+        until_unix_ms=None if args.until is None else since_unix_ms(args.until, clock, "until"),
+        month=month,
+    )
+
+
+def _export(args: argparse.Namespace) -> int:
+    return usage_export.run(args, which)
 
 
 def as_json(record: UsageRecord) -> dict[str, str | int | None]:
@@ -73,8 +121,14 @@ def as_json(record: UsageRecord) -> dict[str, str | int | None]:
         "cached_tokens": usage.cached_tokens,
         "completion_tokens": usage.completion_tokens,
         "reasoning_tokens": usage.reasoning_tokens,
+        "cache_write_tokens": usage.cache_write_tokens,
+        "project_id": record.project_id,
+        "tier": record.tier.value,
+        "tier_served": record.receipt.tier_served.value if record.receipt else None,
         "outcome": record.outcome.value,
         "charge_nano": record.charge_nano,
+        "charge_femto": record.charge_femto,
+        "waived_femto": record.waived_femto,
         "currency": record.currency,
         "price_version": record.price_version,
         "accepted_unix_ms": record.accepted_unix_ms,
@@ -84,7 +138,7 @@ def as_json(record: UsageRecord) -> dict[str, str | int | None]:
     }
 
 
-def since_unix_ms(text: str, clock: Clock) -> int:
+def since_unix_ms(text: str, clock: Clock, option: str = "since") -> int:
     """`15m` ago, or a date and time, as milliseconds since 1970 UTC.
 
     Raises:
@@ -96,10 +150,10 @@ def since_unix_ms(text: str, clock: Clock) -> int:
         moment = datetime.fromisoformat(text)
     except ValueError as error:
         raise InvalidRequest(
-            f"--since is {text!r}.",
+            f"--{option} is {text!r}.",
             why="It is how long ago, or a date and time.",
             fix="Write it like 90s, 15m, 2h, 7d, 2026-01-31 or 2026-01-31T12:00.",
-            field="since",
+            field=option,
         ) from error
     moment = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
     return max(0, int(moment.timestamp() * 1000))

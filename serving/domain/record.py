@@ -145,3 +145,8 @@ class UsageRecord:
     project_id: str = DEFAULT_PROJECT
     charge_femto: int = 0
     receipt: Receipt | None = None
+    tier: Tier = Tier.STANDARD
+    """As asked; the receipt says which one served."""
+    hold_femto: int = 0
+    waived_femto: int = 0
+    """What it would have cost, had its end not been a fault of ours."""

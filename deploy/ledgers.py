@@ -1,0 +1,113 @@
+"""A home's ledgers as commands open them: brought up to the meter log before they are read.
+
+Two ledgers may be there: the local one, `ledger.db`, of the requests that this home's frontends
+answered; and one in PostgreSQL that all frontends share. What is invoiced is the shared one where
+there is one.
+"""
+
+import importlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from headrace.serving.clock import SystemClock
+from headrace.serving.config import Config
+from headrace.serving.errors import ConfigRefused
+from headrace.serving.metering.ledger.former import import_former
+from headrace.serving.metering.ledger.ledger import Ledger
+from headrace.serving.metering.ledger.projector import Follower
+from headrace.serving.metering.ledger.replay import open_postgres
+from headrace.serving.metering.ledger.source import Source
+from headrace.serving.metering.ledger.sqlite_database import SqliteDatabase
+
+LOG_ID_FILE = "log_id"
+"""What a folder has that holds a log."""
+DSN_BYTES_MAX = 4096
+
+
+def sources(config: Config, folders: Sequence[Path] = ()) -> list[Source]:
+    """The logs in the home, or in the folders given; each folder is one log, or has some."""
+    found = [
+        log
+        for folder in folders or (config.meterlog_dir,)
+        for log in (folder, *sorted(each for each in folder.glob("*") if each.is_dir()))
+        if (log / LOG_ID_FILE).exists()
+    ]
+    return [open_log(folder) for folder in found]
+
+
+def open_log(folder: Path) -> Source:
+    """The log in a folder. Its reader is loaded when there is a log to read."""
+    reader = importlib.import_module("headrace.serving.metering.meterlog.reader")
+    return reader.LogReader(folder)
+
+
+@contextmanager
+def local(config: Config) -> Iterator[Ledger]:
+    """The home's own ledger, caught up, with the records of former releases.
+
+    Raises:
+        LedgerUnavailable, MeterUnavailable: it cannot be read or written.
+        MeterLogDamaged: the log has a fault.
+    """
+    config.prepare_home()
+    ledger = Ledger(SqliteDatabase(config.ledger_path))
+    try:
+        import_former(config.ledger_path, ledger, now_unix_ms=SystemClock().unix_ms)
+        catch_up(sources(config), ledger)
+        yield ledger
+    finally:
+        ledger.close()
+
+
+@contextmanager
+def invoiced(config: Config, folders: Sequence[Path] = ()) -> Iterator[Ledger]:
+    """The ledger that is invoiced: the shared one if there is one; caught up with the logs here.
+
+    Raises:
+        ConfigRefused: the file with PostgreSQL's connection string cannot be read.
+        LedgerUnavailable, MeterUnavailable, MeterLogDamaged: as `local`.
+    """
+    dsn_file = config.ledger.postgres_dsn_file
+    if dsn_file is None:
+        with local(config) as ledger:
+            catch_up(sources(config, folders), ledger)
+            yield ledger
+        return
+    ledger = Ledger(open_postgres(secret_of(dsn_file, key="ledger.postgres_dsn_file")))
+    try:
+        catch_up(sources(config, folders), ledger)
+        yield ledger
+    finally:
+        ledger.close()
+
+
+def catch_up(logs: Sequence[Source], ledger: Ledger) -> None:
+    for log in logs:
+        Follower(log, ledger, clock=SystemClock()).catch_up()
+
+
+def secret_of(path: Path, *, key: str) -> str:
+    """The one line of a file that holds a secret.
+
+    Raises:
+        ConfigRefused: it cannot be read, or is empty.
+    """
+    try:
+        with path.open("rb") as file:
+            text = file.read(DSN_BYTES_MAX).decode().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigRefused(
+            f"The file {path} cannot be read: {type(error).__name__}.",
+            why=f"{key} names it.",
+            fix="Make it readable for this user, or correct its path.",
+            field=key,
+        ) from error
+    if not text:
+        raise ConfigRefused(
+            f"The file {path} is empty.",
+            why=f"{key} names it, and what it should hold is not there.",
+            fix="Write the secret into it, on one line.",
+            field=key,
+        )
+    return text
