@@ -45,6 +45,7 @@ class Follower:
         clock: Clock,
         tip: Callable[[], int] | None = None,
         on_lag: Callable[[Lag], None] = lambda _: None,
+        on_applied: Callable[[int], None] = lambda _: None,
         batch_records: int = BATCH_RECORDS,
     ) -> None:
         """Reads and writes nothing yet.
@@ -56,6 +57,8 @@ class Follower:
             tip: the last record that is durable, if somebody here knows: the log's writer. Without
                 it the lag in records counts at most one batch.
             on_lag: told after every turn.
+            on_applied: told the last record that is surely in the ledger, whenever it moves: the
+                log's writer need not remember the requests up to it.
             batch_records: most of one transaction.
         """
         self._source = source
@@ -63,6 +66,7 @@ class Follower:
         self._clock = clock
         self._tip = tip
         self._on_lag = on_lag
+        self._on_applied = on_applied
         self._batch_records = batch_records
         self._backoff = Backoff(BACKOFF_FIRST_S, BACKOFF_LONGEST_S)
         self._current_ms = clock.monotonic_ms()
@@ -116,13 +120,17 @@ class Follower:
     def _step(self) -> int:
         log_id = self._source.log_id
         if self._asks:
-            self.seq = self._ledger.high_water(log_id)
+            self._moved(self._ledger.high_water(log_id))
         self._asks = True
         batch = self._source.after(self.seq, self._batch_records)
         if batch:
-            self.seq = self._ledger.apply(log_id, batch)
+            self._moved(self._ledger.apply(log_id, batch))
         self._asks = False
         return len(batch)
+
+    def _moved(self, seq: int) -> None:
+        self.seq = seq
+        self._on_applied(seq)
 
     def _report(self, *, at_least: int) -> None:
         records = at_least
