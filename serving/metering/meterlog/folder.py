@@ -19,6 +19,7 @@ class LogFolder:
     def __init__(self, path: Path, files: Files) -> None:
         self.path = path
         self.files = files
+        self._log_id = ""
 
     def lock(self) -> Callable[[], None]:
         """Make the folder if it is missing and take it for this process.
@@ -47,6 +48,8 @@ class LogFolder:
             MeterUnavailable: the folder holds no log.
             MeterLogDamaged: the file that keeps the name holds something else.
         """
+        if self._log_id:
+            return self._log_id
         path = self.path / ID_FILE
         try:
             text = self.files.read(path).decode("ascii", "replace").strip()
@@ -58,6 +61,7 @@ class LogFolder:
             ) from error
         if len(text) != 2 * _ID_BYTES or not set(text) <= set("0123456789abcdef"):
             raise fmt.damaged(path, offset=0, seq=None, why="it does not hold 32 hex digits")
+        self._log_id = text
         return text
 
     def make_log_id(self) -> str:
