@@ -19,6 +19,9 @@ from headrace.serving.config import Config, parse_assignment
 from headrace.serving.errors import ServingError
 from headrace.serving.frontend.server import Frontend
 
+METER_FAILED = 4
+"""Exit status: usage cannot be recorded by this process any more."""
+
 
 def pinned(greeting: Message) -> Mapping[str, object]:
     """Overrides that keep the ports of the frontend that this one replaces."""
@@ -31,17 +34,30 @@ def pinned(greeting: Message) -> Mapping[str, object]:
     return overrides
 
 
-async def serve(config: Config) -> None:
-    """Run until SIGTERM, then drain.
+async def serve(config: Config) -> int:
+    """Run until SIGTERM, then drain; answers the exit status.
+
+    Without a meter log nothing may be delivered any more, so a log that has failed ends the
+    process: its successor starts from what the disk has.
 
     Raises:
         ServingError: it cannot start.
     """
-    stopping, changed = asyncio.Event(), asyncio.Event()
+    stopping, changed, failed = asyncio.Event(), asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
     for signum in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(signum, stopping.set)
-    frontend = Frontend(config, version=version("headrace"), on_change=changed.set)
+
+    def meter_failed(_: str) -> None:
+        loop.call_soon_threadsafe(failed.set)
+        loop.call_soon_threadsafe(stopping.set)
+
+    frontend = Frontend(
+        config,
+        version=version("headrace"),
+        on_change=changed.set,
+        on_meter_failed=meter_failed,
+    )
     addresses = await frontend.start()
     say("ready", grpc=addresses.grpc, http=addresses.http, directory=addresses.directory)
     # What was loaded stays: the collector need not look at it again with every request.
@@ -50,8 +66,10 @@ async def serve(config: Config) -> None:
     announcing = loop.create_task(_announce_serving(config, frontend, changed))
     await stopping.wait()
     announcing.cancel()
-    await frontend.drain(config.frontend.drain_s)
+    if not failed.is_set():
+        await frontend.drain(config.frontend.drain_s)
     await frontend.stop()
+    return METER_FAILED if failed.is_set() else 0
 
 
 async def _announce_serving(config: Config, frontend: Frontend, changed: asyncio.Event) -> None:
@@ -80,11 +98,10 @@ def main() -> int:
         config = Config.load(args.home).with_overrides(
             dict(parse_assignment(text) for text in args.assignments) | dict(pinned(greeting))
         )
-        uvloop.run(serve(config))
+        return uvloop.run(serve(config))
     except ServingError as refusal:
         say_refused(refusal)
         return 3
-    return 0
 
 
 if __name__ == "__main__":

@@ -101,6 +101,11 @@ class MeterConfig:
     """Longest that delivered tokens stay unwritten: one write a second for all streams together."""
     queue_max: int = bounded(4096, 16, 1 << 20)
     """Events that may wait for the disk: a third of a second at the 12,000 a second it takes."""
+    segment_bytes: int = bounded(16 << 20, 1 << 20, 1 << 30)
+    """Set aside on disk for each part of the log, and once more in reserve: about 40,000 requests.
+    A quarter of it bounds what may be open at once."""
+    seal_s: float = bounded(3600.0, 1, 86_400)
+    """A part of the log is sealed when it is full or this old: an auditor waits no longer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,7 +8,6 @@ uvloop, 65 us with asyncio's own loop.
 import asyncio
 import contextlib
 import ssl
-import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -37,7 +36,7 @@ from headrace.serving.frontend.inference import Gate, InferenceService
 from headrace.serving.frontend.interceptors import Edge
 from headrace.serving.frontend.model_shelf import Load, ModelShelf, load_from_artifact
 from headrace.serving.frontend.peer import Peers
-from headrace.serving.metering.usage_store import UsageStore
+from headrace.serving.metering.books import Books
 from headrace.serving.observe import Metrics
 from headrace.serving.pipeline import Pipeline
 from headrace.serving.tracing import tracer
@@ -68,6 +67,7 @@ class Frontend:
         *,
         version: str = "",
         on_change: Callable[[], None] = lambda: None,
+        on_meter_failed: Callable[[str], None] = lambda _: None,
         clock: Clock | None = None,
         load: Load = load_from_artifact,
     ) -> None:
@@ -77,6 +77,8 @@ class Frontend:
             config: ports of 0 are chosen by the system.
             version: of this build, for metrics.
             on_change: called when a model may have become servable, or no longer.
+            on_meter_failed: called on another thread once nothing can be recorded any more: the
+                process should end, and its successor recovers what the disk has.
             clock: of deadlines and records.
             load: where tokenizers come from.
         """
@@ -88,9 +90,11 @@ class Frontend:
         self._shelf = ModelShelf(self._executor, load=load)
         self.gate = Gate(config.frontend.streams_max)
         self._on_change = on_change
+        self._on_meter_failed = on_meter_failed
         self._has_changed = asyncio.Event()
         self._stack = contextlib.AsyncExitStack()
         self.accounts: AccountView
+        self.books: Books
         self.fleet: ReplicaFleet
         self.pipeline: Pipeline
         self.readiness: Readiness
@@ -120,8 +124,8 @@ class Frontend:
         stack.push_async_callback(asyncio.to_thread, admin.close)
         traces = tracer(config.telemetry, version=self._version)
         stack.push_async_callback(asyncio.to_thread, traces.close)
-        store = await asyncio.to_thread(self._open_store)
-        stack.push_async_callback(asyncio.to_thread, store.close)
+        books = self.books = await asyncio.to_thread(self._open_books)
+        stack.push_async_callback(asyncio.to_thread, books.close)
         self.fleet = ReplicaFleet(
             cluster_token=token,
             clock=self._clock,
@@ -130,19 +134,19 @@ class Frontend:
             on_change=self._fleet_changed,
         )
         self.pipeline = Pipeline(
-            fleet=self.fleet, meter=store, metrics=self.metrics, clock=self._clock
+            fleet=self.fleet, meter=books.meter, metrics=self.metrics, clock=self._clock
         )
         stack.push_async_callback(self.pipeline.wait_settled)
         stack.push_async_callback(self.fleet.close)
         self.readiness = Readiness(
-            fleet=self.fleet, gate=self.gate, meter_healthy=lambda: store.healthy
+            fleet=self.fleet, gate=self.gate, meter_healthy=lambda: books.meter.healthy
         )
         service = InferenceService(
             pipeline=self.pipeline,
             fleet=self.fleet,
             shelf=self._shelf,
             authenticator=authenticator,
-            price_for=config.price_for,
+            price_for=books.price,
             executor=self._executor,
             gate=self.gate,
             metrics=self.metrics,
@@ -204,16 +208,13 @@ class Frontend:
             metrics=self.metrics,
         )
 
-    def _open_store(self) -> UsageStore:
-        meter = self._config.meter
-        return UsageStore(
-            self._config.ledger_path,
+    def _open_books(self) -> Books:
+        return Books(
+            self._config,
             clock=self._clock,
-            epoch=uuid.uuid4().hex,
             metrics=self.metrics,
-            queue_max=meter.queue_max,
-            checkpoint_tokens=meter.checkpoint_tokens,
-            checkpoint_s=meter.checkpoint_s,
+            version=self._version,
+            on_failed=self._on_meter_failed,
         )
 
     async def _start_directory(self, token: str) -> str:
@@ -303,6 +304,7 @@ class Frontend:
             self._has_changed.clear()
             try:
                 self.fleet.sweep()
+                self.books.refresh_prices()
                 for endpoint in self.fleet.endpoints:
                     self._shelf.expect(endpoint.facts)
                 await self.readiness.publish()

@@ -1,7 +1,7 @@
 """A frontend's books: its meter log, the ledgers the log is projected to, and the prices.
 
-    pipeline -> MeterLog -> Projector -> ledger.db            what this home's frontends answered
-                         -> Projector -> PostgreSQL           what all frontends answered, if configured
+    pipeline -> MeterLog -> Projector -> ledger.db           this home
+                         -> Projector -> PostgreSQL        all frontends, if configured
                 ledger.db -> Sink     -> CloudEvents receiver if configured
 
 The local ledger caught up before the first request is accepted, so that it knows every request id.

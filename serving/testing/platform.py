@@ -1,7 +1,7 @@
 """A whole platform in one process: a real frontend, real channels, scripted engines.
 
 Everything between a client's socket and `engine.step` is what production runs: gRPC, the directory,
-the step channel, the engine loop, the SQLite usage store. Only the engine computes nothing.
+the step channel, the engine loop, meter log and ledger. Only the engine computes nothing.
 """
 
 import asyncio
@@ -20,7 +20,11 @@ from headrace.serving.domain.artifact import Manifest
 from headrace.serving.domain.record import UsageRecord
 from headrace.serving.engine.loop import EngineLoop
 from headrace.serving.frontend.server import Addresses, Frontend
-from headrace.serving.metering.usage_reader import UsageReader
+from headrace.serving.metering.ledger.ledger import Ledger
+from headrace.serving.metering.ledger.projector import Follower
+from headrace.serving.metering.ledger.reader import LedgerReader
+from headrace.serving.metering.ledger.sqlite_database import SqliteDatabase
+from headrace.serving.metering.meterlog.reader import LogReader
 from headrace.serving.router.endpoint import ReplicaFacts
 from headrace.serving.testing.gated_engine import GatedEngine
 from headrace.serving.testing.greedy_sampler import GreedySampler
@@ -192,8 +196,14 @@ class Platform:
 
     @property
     def records(self) -> list[UsageRecord]:
-        """The usage records, newest first."""
-        return UsageReader(self.config.ledger_path).records(limit=10_000)
+        """The requests in the ledger, newest first, once it has all that the log has."""
+        ledger = Ledger(SqliteDatabase(self.config.ledger_path))
+        try:
+            log = LogReader(self.config.meterlog_dir)
+            Follower(log, ledger, clock=SystemClock()).catch_up()
+            return LedgerReader(ledger).records(limit=10_000)
+        finally:
+            ledger.close()
 
     def _connected(self) -> set[str]:
         return {
