@@ -11,8 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from headrace.serving.clock import SystemClock
-from headrace.serving.config import Config
-from headrace.serving.errors import ConfigRefused
+from headrace.serving.config import Config, read_secret
 from headrace.serving.metering.ledger.former import import_former
 from headrace.serving.metering.ledger.ledger import Ledger
 from headrace.serving.metering.ledger.projector import Follower
@@ -22,7 +21,6 @@ from headrace.serving.metering.ledger.sqlite_database import SqliteDatabase
 
 LOG_ID_FILE = "log_id"
 """What a folder has that holds a log."""
-DSN_BYTES_MAX = 4096
 
 
 def sources(config: Config, folders: Sequence[Path] = ()) -> list[Source]:
@@ -74,7 +72,7 @@ def invoiced(config: Config, folders: Sequence[Path] = ()) -> Iterator[Ledger]:
             catch_up(sources(config, folders), ledger)
             yield ledger
         return
-    ledger = Ledger(open_postgres(secret_of(dsn_file, key="ledger.postgres_dsn_file")))
+    ledger = Ledger(open_postgres(read_secret(dsn_file, key="ledger.postgres_dsn_file")))
     try:
         catch_up(sources(config, folders), ledger)
         yield ledger
@@ -85,29 +83,3 @@ def invoiced(config: Config, folders: Sequence[Path] = ()) -> Iterator[Ledger]:
 def catch_up(logs: Sequence[Source], ledger: Ledger) -> None:
     for log in logs:
         Follower(log, ledger, clock=SystemClock()).catch_up()
-
-
-def secret_of(path: Path, *, key: str) -> str:
-    """The one line of a file that holds a secret.
-
-    Raises:
-        ConfigRefused: it cannot be read, or is empty.
-    """
-    try:
-        with path.open("rb") as file:
-            text = file.read(DSN_BYTES_MAX).decode().strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigRefused(
-            f"The file {path} cannot be read: {type(error).__name__}.",
-            why=f"{key} names it.",
-            fix="Make it readable for this user, or correct its path.",
-            field=key,
-        ) from error
-    if not text:
-        raise ConfigRefused(
-            f"The file {path} is empty.",
-            why=f"{key} names it, and what it should hold is not there.",
-            fix="Write the secret into it, on one line.",
-            field=key,
-        )
-    return text
