@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from headrace.serving.clock import SystemClock
-from headrace.serving.config import Config
+from headrace.serving.config import Config, read_secret
 from headrace.serving.metering.ledger.former import import_former
 from headrace.serving.metering.ledger.ledger import Ledger
 from headrace.serving.metering.ledger.projector import Follower
@@ -18,7 +18,6 @@ from headrace.serving.metering.ledger.replay import open_postgres
 from headrace.serving.metering.ledger.source import Source
 from headrace.serving.metering.ledger.sqlite_database import SqliteDatabase
 from headrace.serving.metering.meterlog.reader import LogReader
-from headrace.serving.secret_file import read_secret
 
 LOG_ID_FILE = "log_id"
 """What a folder has that holds a log."""

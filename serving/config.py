@@ -22,6 +22,8 @@ from headrace.serving.domain.usage import Price
 from headrace.serving.errors import ConfigRefused
 
 CONFIG_FILE = "config.yaml"
+SECRET_BYTES_MAX = 4096
+"""A connection string with every option, or the longest token, is shorter."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -341,6 +343,32 @@ def parse_assignment(text: str) -> tuple[str, object]:
             fix="Write it like --set frontend.grpc_port=50052.",
         )
     return path, parsed
+
+
+def read_secret(path: Path, *, key: str) -> str:
+    """The one line of a file that holds a secret.
+
+    Raises:
+        ConfigRefused: it cannot be read, or is empty.
+    """
+    try:
+        with path.open("rb") as file:
+            text = file.read(SECRET_BYTES_MAX).decode().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigRefused(
+            f"The file {path} cannot be read: {type(error).__name__}.",
+            why=f"{key} names it.",
+            fix="Make it readable for this user, or correct its path.",
+            field=key,
+        ) from error
+    if not text:
+        raise ConfigRefused(
+            f"The file {path} is empty.",
+            why=f"{key} names it, and what it should hold is not there.",
+            fix="Write the secret into it, on one line.",
+            field=key,
+        )
+    return text
 
 
 def _consistent(config: Config, where: str) -> Config:

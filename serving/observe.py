@@ -409,7 +409,7 @@ class Metrics:
         self._meter_healthy.set(1 if healthy else 0)
 
     def ledger_lags(self, ledger: str, *, records: int, seconds: float) -> None:
-        """`ledger` is "local" or "shared"."""
+        """`ledger` is "local" or "postgres"."""
         self._ledger_lag.labels(ledger).set(records)
         self._ledger_lag_seconds.labels(ledger).set(seconds)
 

@@ -16,7 +16,7 @@ price of zero: work in such a unit is refused. A published book never changes; a
 rates of the book that was in force when it was accepted.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
@@ -57,11 +57,17 @@ class PriceBook:
     tiers: Mapping[Tier, int]
     """Per cent; every rate times every per cent is a whole number of nano."""
 
-    def price(self, model: str, tier: Tier) -> Price:
+    def price(self, model: str, tier: Tier, *, needs: Collection[str] = ()) -> Price:
         """The rates of a model in a tier.
 
+        Args:
+            model: by its name.
+            tier: as asked.
+            needs: units that the work may be counted in; for text, `units.TEXT_UNITS`.
+
         Raises:
-            UnknownUnit: the book has none for this model.
+            UnknownUnit: the book has no rates for this model, or none for a unit it needs. Asked
+                before the work is done, because afterwards there is nothing left to refuse.
         """
         rates = self.models.get(model, self.default)
         if rates is None:
@@ -69,6 +75,13 @@ class PriceBook:
                 f"The price book {self.version!r} has no prices for model {model!r}.",
                 why="Work that has no price is not done.",
                 fix="Publish a price book that lists the model, or has a default.",
+                field="model",
+            )
+        if missing := [unit for unit in needs if unit not in rates]:
+            raise UnknownUnit(
+                f"The price book {self.version!r} has no rate for {missing[0]} of {model!r}.",
+                why="Work that has no price is not done.",
+                fix="Publish a price book with this unit.",
                 field="model",
             )
         percent = self.tiers[tier]

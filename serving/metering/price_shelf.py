@@ -9,7 +9,7 @@ import fcntl
 import hashlib
 import os
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,13 +53,13 @@ class PriceShelf:
         books = self._books
         return books[bisect_right(books, unix_ms, key=_effective) - 1]
 
-    def price(self, model: str, tier: Tier, *, unix_ms: int) -> Price:
-        """The rates that a request accepted at this time keeps.
+    def price(self, model: str, tier: Tier, *, unix_ms: int, needs: Collection[str] = ()) -> Price:
+        """The rates that a request accepted at this time keeps; see `PriceBook.price`.
 
         Raises:
-            UnknownUnit: the book in force has none for this model.
+            UnknownUnit: the book in force has none for this model, or for a unit it needs.
         """
-        return self.at(unix_ms).price(model, tier)
+        return self.at(unix_ms).price(model, tier, needs=needs)
 
     def refresh(self) -> bool:
         """Take in books that were published since; answers whether there were any.

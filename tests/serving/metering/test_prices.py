@@ -6,7 +6,7 @@ import pytest
 
 from headrace.serving.config import Config
 from headrace.serving.domain.tier import Tier
-from headrace.serving.domain.usage import Usage
+from headrace.serving.domain.units import TEXT_UNITS
 from headrace.serving.errors import AmountOutOfRange, ConfigRefused, InvalidRequest, UnknownUnit
 from headrace.serving.metering import price_book
 from headrace.serving.metering.price_shelf import PriceShelf
@@ -74,10 +74,8 @@ def test_work_without_a_rate_is_refused(shop):
 
     with pytest.raises(UnknownUnit, match="no prices for model 'other'"):
         book.price("other", Tier.STANDARD)
-    with pytest.raises(UnknownUnit, match="no rate for reasoning_tokens"):
-        book.price("chat", Tier.STANDARD).charge_femto(
-            Usage(completion_tokens=2, reasoning_tokens=1)
-        )
+    with pytest.raises(UnknownUnit, match="no rate for cache_write_tokens of 'chat'"):
+        book.price("chat", Tier.STANDARD, needs=TEXT_UNITS)
 
 
 def test_the_book_of_the_configuration_holds_until_one_is_published(shop):
