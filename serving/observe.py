@@ -204,18 +204,6 @@ METER_HEALTHY = Spec(
     "1 while usage can be recorded, 0 while no work is accepted because it cannot.",
     "0: free space on, or replace, the disk under HEADRACE_HOME.",
 )
-LEDGER_LAG = Spec(
-    "headrace_ledger_lag_records",
-    "Records durable in the meter log and not yet in a ledger: local, or shared by all frontends.",
-    "Rising: the ledger's database is gone or slow. Nothing is lost; statements are behind.",
-    ("ledger",),
-)
-LEDGER_LAG_SECONDS = Spec(
-    "headrace_ledger_lag_seconds",
-    "Since a ledger last had every durable record; 0 when it has.",
-    "Above 300: see the log for why, and mend the database before the month's invoices.",
-    ("ledger",),
-)
 BUILD = Spec(
     "headrace_build_info",
     "Always 1; its label says which version runs.",
@@ -346,8 +334,6 @@ class Metrics:
         self._meter_queue = self._gauge(METER_QUEUE)
         self._meter_healthy = self._gauge(METER_HEALTHY)
         self._meter_healthy.set(1)
-        self._ledger_lag = self._gauge(LEDGER_LAG)
-        self._ledger_lag_seconds = self._gauge(LEDGER_LAG_SECONDS)
         rejections = self._counter(REJECTIONS)
         self._rejections = {name: rejections.labels(name) for name in sorted(_reasons())}
         self._gauge(BUILD).labels(version or "unknown").set(1)
@@ -407,11 +393,6 @@ class Metrics:
 
     def meter_healthy(self, *, healthy: bool) -> None:
         self._meter_healthy.set(1 if healthy else 0)
-
-    def ledger_lags(self, ledger: str, *, records: int, seconds: float) -> None:
-        """`ledger` is "local" or "postgres"."""
-        self._ledger_lag.labels(ledger).set(records)
-        self._ledger_lag_seconds.labels(ledger).set(seconds)
 
     def render(self, accept: str = "") -> tuple[bytes, str]:
         """The body and content type of a scrape, in the format the `Accept` header prefers."""

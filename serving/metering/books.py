@@ -17,11 +17,12 @@ from headrace.serving.domain.units import TEXT_UNITS
 from headrace.serving.domain.usage import Price
 from headrace.serving.errors import ConfigRefused
 from headrace.serving.metering import price_book
-from headrace.serving.metering.ledger.followers import Followers
+from headrace.serving.metering.ledger.followers import LOCAL, SHARED, Followers
 from headrace.serving.metering.meterlog.meter_log import MeterLog
 from headrace.serving.metering.meterlog.reader import LogReader
 from headrace.serving.metering.price_shelf import PriceShelf
 from headrace.serving.observe import Metrics
+from headrace.serving.observe_ledger import lag_gauges
 
 
 class Books:
@@ -54,6 +55,8 @@ class Books:
         """
         self._clock = clock
         self._prices = PriceShelf(config.prices_dir, price_book.embedded(config.prices))
+        gauges = lag_gauges(metrics)
+        tell_lag = {name: gauges(name) for name in (LOCAL, SHARED)}
         meter = config.meter
         with contextlib.ExitStack() as stack:
             followers = Followers(config.ledger_path, config.ledger, clock=clock)
@@ -78,9 +81,7 @@ class Books:
                 lambda: self._reader(config),
                 tip=lambda: self.meter.durable_seq,
                 on_applied=self.meter.projected,
-                on_lag=lambda name, lag: metrics.ledger_lags(
-                    name, records=lag.records, seconds=lag.seconds
-                ),
+                on_lag=lambda name, lag: tell_lag[name](lag),
             )
             self.meter.on_durable(lambda _: followers.wake())
             self._stack = stack.pop_all()
