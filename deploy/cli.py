@@ -23,6 +23,7 @@ VERBS = {
     "chat": "talk to a served model",
     "keys": "make, list and revoke API keys",
     "usage": "show what requests used and cost",
+    "meterlog": "verify and print the log that usage is charged by",
     "bench": "measure against the peers that are installed",
     "doctor": "check this machine and installation",
 }

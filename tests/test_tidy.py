@@ -36,6 +36,7 @@ HOMES: dict[str, tuple[str, ...]] = {
     "sqlite3": ("serving/metering", "serving/admission", "deploy/checkup.py"),
     "yaml": ("serving/config", "deploy"),
     "prometheus_client": ("serving/observe.py", "serving/frontend"),
+    "google_crc32c": ("serving/metering/meterlog",),
     "llguidance": ("serving/engine/structured.py",),
     "aiohttp": ("serving/frontend", "deploy/bench"),
 }
