@@ -28,6 +28,7 @@ VERBS = {
     "invoice": "issue a month's invoices, or list them",
     "reconcile": "prove that log and ledger agree",
     "ledger": "show how far the ledger is, or make it again from the logs",
+    "meterlog": "verify and print the log that usage is charged by",
     "bench": "measure against the peers that are installed",
     "doctor": "check this machine and installation",
 }

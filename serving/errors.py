@@ -237,8 +237,25 @@ class AmountOutOfRange(InvalidRequest):
 
 
 class MeterLogDamaged(ServingError):
+    """Where it is, for programs; `what` says it to people."""
+
     code = Code.FAILED_PRECONDITION
     reason = "METER_LOG_DAMAGED"
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        why: str,
+        fix: str,
+        path: str = "",
+        offset: int | None = None,
+        seq: int | None = None,
+    ) -> None:
+        super().__init__(what, why=why, fix=fix)
+        self.path = path
+        self.offset = offset
+        self.seq = seq
 
 
 class LedgerUnavailable(ServingError):

@@ -12,7 +12,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import GaugeMetricFamily
@@ -21,6 +20,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
+from headrace.serving.domain.load import Load
 from headrace.serving.domain.usage import Outcome, Usage
 from headrace.serving.errors import ServingError
 
@@ -212,31 +212,6 @@ BUILD = Spec(
 )
 
 TABLE: Sequence[Spec] = tuple(value for value in list(vars().values()) if isinstance(value, Spec))
-
-
-class Load(Protocol):
-    """A replica's state with a step: a `Load` message, or the loop's own snapshot."""
-
-    @property
-    def running(self) -> int: ...
-    @property
-    def waiting(self) -> int: ...
-    @property
-    def kv_blocks_free(self) -> int: ...
-    @property
-    def kv_blocks_total(self) -> int: ...
-    @property
-    def step_ms(self) -> float: ...
-    @property
-    def step_rows(self) -> int: ...
-    @property
-    def step_tokens(self) -> int: ...
-    @property
-    def rows_max(self) -> int: ...
-    @property
-    def recomputed_tokens_total(self) -> int: ...
-    @property
-    def overhead_share(self) -> float: ...
 
 
 class ModelMetrics:

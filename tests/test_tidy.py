@@ -38,6 +38,7 @@ HOMES: dict[str, tuple[str, ...]] = {
     "psycopg": ("serving/metering/ledger/postgres_database.py",),
     "pyarrow": ("serving/metering/ledger/focus_parquet.py",),
     "prometheus_client": ("serving/observe", "serving/frontend"),
+    "google_crc32c": ("serving/metering/meterlog",),
     "llguidance": ("serving/engine/structured.py",),
     "aiohttp": ("serving/frontend", "deploy/bench"),
 }

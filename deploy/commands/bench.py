@@ -27,6 +27,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
     _add_llm(kinds)
     _add_frontend(kinds)
+    _add_meter(kinds)
     _add_peers(kinds)
 
 
@@ -60,6 +61,20 @@ def _add_frontend(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     frontend.add_argument("--loop-s", type=float, default=5.0, help="seconds of each turn (5)")
     _add_common(frontend)
     frontend.set_defaults(run=_frontend)
+
+
+def _add_meter(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    meter = kinds.add_parser(
+        "meter",
+        help="what a durable usage event costs, beside a bare fdatasync",
+        description="Closed loops of producers, each an event after the other, on the disk that "
+        "holds the home. About a minute.",
+    )
+    meter.add_argument("--producers", default="1,16,64,256", help="numbers of them (1,16,64,256)")
+    meter.add_argument("--rounds", type=int, default=3, help="turns of each number (3)")
+    meter.add_argument("--loop-s", type=float, default=3.0, help="seconds of each turn (3)")
+    _add_common(meter)
+    meter.set_defaults(run=_meter)
 
 
 def _add_peers(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -112,6 +127,18 @@ def _frontend(args: argparse.Namespace) -> int:
         seconds=args.loop_s,
     )
     return _show(frontend.run(options, home, _tell), home, args)
+
+
+def _meter(args: argparse.Namespace) -> int:
+    from headrace.deploy.bench import meter
+
+    home = Config.load(args.home).home
+    options = meter.Options(
+        producers=_numbers(args.producers, "--producers", most=4096),
+        rounds=_positive(args.rounds, "--rounds"),
+        seconds=args.loop_s,
+    )
+    return _show(meter.run(options, home, _tell), home, args)
 
 
 def _list_peers(args: argparse.Namespace) -> int:

@@ -74,6 +74,7 @@ class Books:
                 checkpoint_s=meter.checkpoint_s,
                 segment_bytes=meter.segment_bytes,
                 seal_s=meter.seal_s,
+                remembered_max=meter.unprojected_max,
             )
             stack.callback(self.meter.close)
             self.meter.projected(followers.catch_up(self._reader(config)))

@@ -185,7 +185,9 @@ def damaged(path: Path, *, offset: int, seq: int | None, why: str) -> MeterLogDa
         f"The meter log is damaged in {path} at {place}: {why}.",
         why="A record that was durable is charged for or paid for; none is passed over.",
         fix="Restore the file from a copy. `headrace meterlog verify` checks the whole log.",
-        field=str(path),
+        path=str(path),
+        offset=offset,
+        seq=seq,
     )
 
 

@@ -21,6 +21,7 @@ from enum import IntEnum
 from pathlib import Path
 
 from headrace.serving.clock import Clock
+from headrace.serving.config import MeterConfig
 from headrace.serving.domain.usage import Usage
 from headrace.serving.metering.meterlog import format as fmt
 from headrace.serving.metering.meterlog.files import File
@@ -83,8 +84,7 @@ class Journal:
         folder: LogFolder,
         *,
         clock: Clock,
-        segment_bytes: int,
-        seal_s: float,
+        config: MeterConfig,
         segment: Segment | None,
         holds: Holds,
         next_seq: int,
@@ -95,8 +95,7 @@ class Journal:
         Args:
             folder: of the log, which has its id.
             clock: of segments' ages and of Carry and Seal records.
-            segment_bytes: of each new segment.
-            seal_s: age at which a segment is sealed by `seal_if_old`.
+            config: how large a new segment is, and at which age `seal_if_old` seals one.
             segment: the last one; None begins the first.
             holds: that are open; the journal keeps them from here on.
             next_seq: of the next record.
@@ -108,8 +107,8 @@ class Journal:
         self._folder = folder
         self._files = folder.files
         self._clock = clock
-        self._segment_bytes = segment_bytes
-        self._seal_ms = seal_s * 1000
+        self._segment_bytes = config.segment_bytes
+        self._seal_s = config.seal_s
         self._spare: File | None = None
         self.holds = holds
         self.next_seq = next_seq
@@ -171,7 +170,7 @@ class Journal:
 
     def seal_if_old(self) -> None:
         """Begin a new segment if this one is older than `seal_s` and the next has its room."""
-        if self.has_spare and self.age_s * 1000 >= self._seal_ms:
+        if self.has_spare and self.age_s >= self._seal_s:
             self.roll()
 
     def roll(self) -> None:

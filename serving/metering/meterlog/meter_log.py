@@ -21,9 +21,10 @@ from pathlib import Path
 
 from headrace.serving import log
 from headrace.serving.clock import Clock
+from headrace.serving.config import MeterConfig
 from headrace.serving.domain.record import Adjustment, Grant, Opening, Refused, Settlement
 from headrace.serving.domain.usage import Outcome, Usage
-from headrace.serving.errors import AlreadyServed, MeterUnavailable, ServingError
+from headrace.serving.errors import MeterUnavailable, ServingError
 from headrace.serving.metering.meterlog import events
 from headrace.serving.metering.meterlog.files import Files, LocalFiles
 from headrace.serving.metering.meterlog.folder import LogFolder
@@ -31,20 +32,17 @@ from headrace.serving.metering.meterlog.holds import USAGE_BYTES_MAX
 from headrace.serving.metering.meterlog.journal import Effect
 from headrace.serving.metering.meterlog.reader import LogReader
 from headrace.serving.metering.meterlog.recovery import begin_epoch, recover
+from headrace.serving.metering.meterlog.refusals import already_served, too_many, unavailable
 from headrace.serving.metering.meterlog.writer import (
     PROBE_S,
     Checkpoints,
     Entry,
     Wish,
     Writer,
-    unavailable,
 )
 from headrace.serving.observe import Metrics
 
-SEGMENT_BYTES = 16 << 20
-SEAL_S = 3600.0
-REMEMBERED_MAX = 1 << 20
-"""Requests that the ledger has not taken over: about 300 MB, an hour of 290 requests a second."""
+DEFAULTS = MeterConfig()
 
 RequestKey = tuple[str, str]
 """Tenant and request id."""
@@ -81,15 +79,10 @@ class MeterLog:
         clock: Clock,
         epoch: str,
         was_used: Callable[[str, str], bool],
+        config: MeterConfig = DEFAULTS,
         version: str = "",
         metrics: Metrics | None = None,
         on_failed: Callable[[str], None] = lambda _: None,
-        queue_max: int = 4096,
-        checkpoint_tokens: int = 64,
-        checkpoint_s: float = 1.0,
-        segment_bytes: int = SEGMENT_BYTES,
-        seal_s: float = SEAL_S,
-        remembered_max: int = REMEMBERED_MAX,
         probe_s: float = PROBE_S,
         files: Files | None = None,
         start: "Callable[[Writer], Callable[[], None]] | None" = None,
@@ -102,15 +95,10 @@ class MeterLog:
             epoch: names this life of this process; best a fresh random one at every start.
             was_used: whether a tenant's request id is known to the ledger. Called on the event
                 loop for every opening, so it answers from memory or from an index.
+            config: the bounds.
             version: of this build, for the record of the epoch.
             metrics: None keeps them to itself.
             on_failed: called once, on the writer's thread, when the log has failed for good.
-            queue_max: events that may wait; further openings are refused.
-            checkpoint_tokens: how far a stream may run ahead of its written checkpoint...
-            checkpoint_s: ...and for how long.
-            segment_bytes: of each segment file, set aside when it is made.
-            seal_s: age at which a segment is sealed.
-            remembered_max: requests that the ledger may lag behind; then openings are refused.
             probe_s: how often a full disk is asked for room.
             files: None is the local file system.
             start: runs the writer and answers what waits for its end; None is a thread.
@@ -121,12 +109,8 @@ class MeterLog:
             MeterUnavailable: the folder cannot be written.
         """
         self._folder = LogFolder(folder, files or LocalFiles())
-        self._clock = clock
-        self._was_used = was_used
-        self._queue_max = queue_max
-        self._checkpoint_tokens = checkpoint_tokens
-        self._open_bytes_max = segment_bytes // 4
-        self._remembered_max = remembered_max
+        self._clock, self._was_used, self._config = clock, was_used, config
+        self._open_bytes_max = config.segment_bytes // 4
         self._waiting = 0
         self._open_bytes = 0
         self._closed = False
@@ -141,7 +125,7 @@ class MeterLog:
             raise unavailable(str(error)) from error
         try:
             self.log_id = self._folder.make_log_id()
-            journal = recover(self._folder, clock=clock, segment_bytes=segment_bytes, seal_s=seal_s)
+            journal = recover(self._folder, clock=clock, config=config)
             self.recovered = begin_epoch(journal, epoch=epoch, version=version, clock=clock)
             """Holds of dead frontends that were closed at this start."""
         except OSError as error:
@@ -153,7 +137,7 @@ class MeterLog:
         self._writer = Writer(
             journal=journal,
             checkpoints=self._checkpoints,
-            checkpoint_s=checkpoint_s,
+            checkpoint_s=config.checkpoint_s,
             clock=clock,
             metrics=metrics or Metrics(),
             on_failed=on_failed,
@@ -227,11 +211,11 @@ class MeterLog:
         self._check_accepting()
         key = (opening.tenant_id, opening.request_id)
         if key in self._requests or self._was_used(*key):
-            raise _already_served(opening.request_id)
+            raise already_served(opening.request_id)
         payload = events.reserve(opening, unix_ms=self._clock.unix_ms())
         request = _Request(key, len(payload) + USAGE_BYTES_MAX)
         if self._open_bytes + request.num_bytes > self._open_bytes_max:
-            raise _too_many(
+            raise too_many(
                 f"{self._open_bytes:,} bytes of requests are open.",
                 why="A segment of the meter log carries at most a quarter of its size on.",
                 fix="Retry with jitter. Operator: raise meter.segment_bytes, or add a frontend.",
@@ -259,7 +243,7 @@ class MeterLog:
         if request is None or request.is_ending:
             return
         events.check_usage(usage)
-        if self._checkpoints.note(request.hold, usage) >= self._checkpoint_tokens:
+        if self._checkpoints.note(request.hold, usage) >= self._config.checkpoint_tokens:
             self._writer.hurry()
 
     async def settle(self, settlement: Settlement) -> None:
@@ -342,16 +326,16 @@ class MeterLog:
             raise unavailable(writer.why)
         if writer.is_full:
             raise unavailable("disk full: there is no room for another segment")
-        if self._waiting >= self._queue_max:
-            raise _too_many(
+        if self._waiting >= self._config.queue_max:
+            raise too_many(
                 f"{self._waiting:,} usage events are waiting for the disk.",
-                why=f"The queue holds {self._queue_max:,}; beyond it requests would only wait.",
+                why=f"The queue holds {self._config.queue_max:,}; beyond it one would only wait.",
                 fix="Retry with jitter. Operator: see headrace_meter_write_seconds.",
             )
         while self._ended and self._ended[0][0] <= self._projected_seq:
             self._requests.pop(self._ended.popleft()[1], None)
-        if len(self._requests) >= self._remembered_max:
-            raise _too_many(
+        if len(self._requests) >= self._config.unprojected_max:
+            raise too_many(
                 f"The ledger lags behind by {len(self._requests):,} requests.",
                 why="More cannot be remembered, and a request id is used only once.",
                 fix="Retry with jitter. Operator: check the ledger's database.",
@@ -434,16 +418,3 @@ def _heard(done: "asyncio.Future[int]") -> None:
     """Nobody awaits it: the log has said itself why it failed."""
     if not done.cancelled():
         done.exception()
-
-
-def _already_served(request_id: str) -> AlreadyServed:
-    return AlreadyServed(
-        f"The request_id {request_id!r} was used before.",
-        why="A request_id is run and charged at most once.",
-        fix="See what it used with `headrace usage --request-id`, or send a fresh request_id.",
-        field="request_id",
-    )
-
-
-def _too_many(what: str, *, why: str, fix: str) -> MeterUnavailable:
-    return MeterUnavailable(what, why=why, fix=fix, retry_after_ms=250)

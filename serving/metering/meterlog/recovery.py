@@ -10,6 +10,7 @@ from pathlib import Path
 
 from headrace.serving import log
 from headrace.serving.clock import Clock
+from headrace.serving.config import MeterConfig
 from headrace.serving.domain.record import Settlement
 from headrace.serving.domain.usage import Outcome
 from headrace.serving.errors import AmountOutOfRange, UnknownUnit
@@ -40,7 +41,7 @@ class _Read:
     seal: meterlog_pb2.Seal | None = None
 
 
-def recover(folder: LogFolder, *, clock: Clock, segment_bytes: int, seal_s: float) -> Journal:
+def recover(folder: LogFolder, *, clock: Clock, config: MeterConfig) -> Journal:
     """A journal that goes on after the last record of the log; of a new log, from the first.
 
     Reads the last segment, and of the one before how it was sealed. What was read is written again
@@ -55,8 +56,7 @@ def recover(folder: LogFolder, *, clock: Clock, segment_bytes: int, seal_s: floa
         return Journal(
             folder,
             clock=clock,
-            segment_bytes=segment_bytes,
-            seal_s=seal_s,
+            config=config,
             segment=None,
             holds=Holds(),
             next_seq=fmt.FIRST_SEQ,
@@ -98,8 +98,7 @@ def recover(folder: LogFolder, *, clock: Clock, segment_bytes: int, seal_s: floa
     return Journal(
         folder,
         clock=clock,
-        segment_bytes=segment_bytes,
-        seal_s=seal_s,
+        config=config,
         segment=segment,
         holds=read.holds,
         next_seq=read.next_seq,

@@ -18,9 +18,10 @@ from enum import IntEnum
 from headrace.serving import log
 from headrace.serving.clock import Clock
 from headrace.serving.domain.usage import Usage
-from headrace.serving.errors import MeterUnavailable, ServingError
+from headrace.serving.errors import ServingError
 from headrace.serving.metering.meterlog import events
 from headrace.serving.metering.meterlog.journal import Effect, Journal, Record
+from headrace.serving.metering.meterlog.refusals import unavailable
 from headrace.serving.observe import Metrics
 
 BATCH_MAX = 1024
@@ -254,15 +255,6 @@ class Writer:
         log.meter_unhealthy(why=why)
         answer(left, unavailable(why))
         self.on_failed(why)
-
-
-def unavailable(why: str) -> MeterUnavailable:
-    return MeterUnavailable(
-        f"Usage cannot be recorded: {why}.",
-        why="Work that is not recorded is not accepted.",
-        fix="Retry with jitter. Operator: check the disk under HEADRACE_HOME.",
-        retry_after_ms=1000,
-    )
 
 
 def answer(batch: Sequence[Entry], refusal: ServingError | None) -> None:

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from headrace.serving.clock import SystemClock
+from headrace.serving.config import MeterConfig
 from headrace.serving.domain.record import Opening, Settlement
 from headrace.serving.domain.usage import Outcome, Price, Usage
 from headrace.serving.metering.meterlog.meter_log import MeterLog
@@ -65,9 +66,7 @@ async def main() -> None:
         clock=clock,
         epoch=epoch,
         was_used=lambda *_: False,
-        checkpoint_tokens=4,
-        checkpoint_s=0.01,
-        segment_bytes=64 << 10,
+        config=MeterConfig(checkpoint_tokens=4, checkpoint_s=0.01, segment_bytes=64 << 10),
     )
 
     async def client(number: int) -> None:

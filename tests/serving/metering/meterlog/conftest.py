@@ -3,11 +3,13 @@
 import asyncio
 import random
 from collections.abc import Coroutine
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from headrace.serving.config import MeterConfig
 from headrace.serving.domain.record import Opening, Refused, Settlement
 from headrace.serving.domain.usage import Outcome, Price, Usage
 from headrace.serving.metering.meterlog.meter_log import MeterLog
@@ -25,12 +27,7 @@ PRICE = Price.text(
     completion_nano_per_mtok=2_000_000_000,
 )
 """1, 0.1 and 2 dollars for a million tokens: 1000, 100 and 2000 nano for each."""
-OPTIONS = {
-    "segment_bytes": 64 << 10,
-    "checkpoint_s": 3600.0,
-    "checkpoint_tokens": 1 << 20,
-    "probe_s": 0.0,
-}
+BOUNDS = MeterConfig(segment_bytes=64 << 10, checkpoint_s=3600.0, checkpoint_tokens=1 << 20)
 
 
 def usage(tokens: int) -> Usage:
@@ -47,12 +44,15 @@ class Frontend:
         self.failures: list[str] = []
         self.writer: Writer
         self._runs = True
-        given: dict[str, Any] = {"was_used": lambda *_: False} | OPTIONS | options
+        names = {each.name for each in fields(MeterConfig)} & options.keys()
+        config = replace(BOUNDS, **{name: options.pop(name) for name in names})
+        given: dict[str, Any] = {"was_used": lambda *_: False, "probe_s": 0.0} | options
         self.log = MeterLog(
             FOLDER,
             clock=self.clock,
             epoch=epoch,
             files=disk,
+            config=config,
             start=self._adopt,
             on_failed=self.failures.append,
             **given,

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from headrace.serving.clock import SystemClock
+from headrace.serving.config import MeterConfig
 from headrace.serving.metering.meterlog.meter_log import MeterLog
 from headrace.serving.metering.meterlog.reader import LogReader
 from headrace.serving.metering.meterlog.verify import verify
@@ -55,7 +56,7 @@ def test_a_killed_frontend_loses_nothing_that_it_had_acknowledged(seed, tmp_path
         clock=SystemClock(),
         epoch="last",
         was_used=lambda *_: False,
-        segment_bytes=64 << 10,
+        config=MeterConfig(segment_bytes=64 << 10),
     ).close()
 
     assert verify(tmp_path).open == []

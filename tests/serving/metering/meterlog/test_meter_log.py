@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from headrace.serving.clock import SystemClock
+from headrace.serving.config import MeterConfig
 from headrace.serving.domain.record import Adjustment, Grant
 from headrace.serving.domain.tier import Receipt, Tier, Verdict
 from headrace.serving.domain.usage import Outcome, Usage
@@ -161,7 +162,7 @@ def test_an_id_that_the_ledger_knows_is_not_served_again(start, run):
 
 def test_what_the_ledger_took_over_is_forgotten_here(start, run):
     """The memory of used ids is bounded, and the ledger answers for what it has."""
-    frontend = start(remembered_max=2)
+    frontend = start(unprojected_max=2)
 
     async def story():
         for name in ("r1", "r2"):
@@ -450,7 +451,7 @@ def test_on_a_real_disk_with_its_thread(tmp_path, start, run, disk):
     """The same through the kernel: 500 requests, over several segments."""
     folder = tmp_path / "home" / "log"
     scribe = start()
-    log = real_log(folder, segment_bytes=64 << 10)
+    log = real_log(folder, config=MeterConfig(segment_bytes=64 << 10))
     new = threading.Event()
     log.on_durable(lambda _: new.set())
 
