@@ -41,7 +41,7 @@ class Client:
     def __init__(self, address: str, key: str, *, root_certificates: Path | None = None) -> None:
         self.address = address
         self._metadata = (("authorization", f"Bearer {key}"),)
-        self._channel = _channel(address, root_certificates)
+        self._channel = open_channel(address, root_certificates)
         self._stub = inference_pb2_grpc.InferenceStub(self._channel)
 
     def __enter__(self) -> "Client":
@@ -62,7 +62,7 @@ class Client:
         Raises:
             RemoteRefusal: the server cannot be reached, or refuses the key.
         """
-        with self._refusals():
+        with refusals(self.address):
             answer = self._stub.ListModels(
                 inference_pb2.ListModelsRequest(), metadata=self._metadata, timeout=CONNECT_S_MAX
             )
@@ -92,22 +92,29 @@ class Client:
         Raises:
             RemoteRefusal: before or between chunks.
         """
-        with self._refusals():
+        with refusals(self.address):
             call = self._stub.Generate(request, metadata=self._metadata, timeout=CALL_S_MAX)
             try:
                 yield cast("Iterator[inference_pb2.GenerateChunk]", call)
             finally:
                 call.cancel()  # type: ignore[attr-defined]  # grpc's call objects are untyped.
 
-    @contextmanager
-    def _refusals(self) -> Iterator[None]:
-        try:
-            yield
-        except grpc.RpcError as error:
-            raise _refusal(error, self.address) from error
+
+@contextmanager
+def refusals(address: str) -> Iterator[None]:
+    """Turns what grpc raises inside the block into a RemoteRefusal."""
+    try:
+        yield
+    except grpc.RpcError as error:
+        raise _refusal(error, address) from error
 
 
-def _channel(address: str, root_certificates: Path | None) -> grpc.Channel:
+def open_channel(address: str, root_certificates: Path | None) -> grpc.Channel:
+    """A channel to a frontend, with TLS where certificates are given. The caller closes it.
+
+    Raises:
+        ConfigRefused: the certificates cannot be read.
+    """
     options = [("grpc.max_receive_message_length", 64 << 20), ("grpc.enable_retries", 0)]
     if root_certificates is None:
         return grpc.insecure_channel(address, options)

@@ -2,6 +2,7 @@
 
 import re
 
+from headrace.serving.admission.key_store import DEMO_PREFIX
 from headrace.serving.domain.permission import GROUPS
 from headrace.serving.domain.scope import Scope, network
 from headrace.serving.errors import InvalidRequest
@@ -37,7 +38,7 @@ def check_slug(name: str, field: str) -> None:
 
 def check_key_id(key_id: str) -> None:
     """Of a key whose id the caller chooses."""
-    if not _KEY_ID.fullmatch(key_id) or key_id.startswith("demo"):
+    if not _KEY_ID.fullmatch(key_id) or key_id.startswith(DEMO_PREFIX):
         raise InvalidRequest(
             f"key_id is {_shown(key_id)}.",
             why="It has 4 to 16 lower-case letters or digits and does not begin with `demo`.",

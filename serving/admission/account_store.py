@@ -14,6 +14,7 @@ from headrace.serving.admission.account_change import Change
 from headrace.serving.admission.account_reader import AccountReader, no_organisation, no_project
 from headrace.serving.admission.database import Database
 from headrace.serving.admission.key_store import (
+    DEMO_PREFIX,
     Peppers,
     demo_key,
     demo_key_id,
@@ -240,7 +241,7 @@ class AccountStore(AccountReader):
             old = change.key(key_id, tenant_id)
             guard(old)
             now = change.now_unix_ms
-            if not old.is_in_force(now) or old.tenant_id == DEMO_TENANT:
+            if not old.is_in_force(now) or old.key_id.startswith(DEMO_PREFIX):
                 raise _not_rotated(old, "Only a key in force that can be made anew is rotated.")
             if successor := change.successor_of(old):
                 raise _not_rotated(old, f"It was rotated already: {successor} replaces it.")

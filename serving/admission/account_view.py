@@ -43,8 +43,10 @@ class KnownKey:
 
 
 class AccountView:
-    """Any thread may call. Whoever refreshes sets and removes single entries, so a check, which
-    takes no lock, sees an entry as it was or as it is.
+    """Any thread may call.
+
+    Whoever refreshes sets and removes single entries, so a check, which takes no lock, sees an
+    entry as it was or as it is.
     """
 
     def __init__(self, store: AccountStore, *, clock: Clock, stale_s: float) -> None:

@@ -22,6 +22,8 @@ from pathlib import Path
 
 from headrace.serving.errors import ConfigRefused
 
+DEMO_PREFIX = "demo"
+"""Of demo keys' ids, and of no others: random ones have no `o` in them."""
 _SECRET_CHARS = 32
 _KEY_ID_CHARS = 8
 _DIGITS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
@@ -135,7 +137,7 @@ def demo_key(pepper: Pepper, generation: int) -> str:
 
 
 def demo_key_id(generation: int) -> str:
-    return f"demo{generation:04}"
+    return f"{DEMO_PREFIX}{generation:04}"
 
 
 def secret_file(path: Path) -> bytes:

@@ -5,8 +5,9 @@ import json
 import pytest
 
 from headrace.deploy import cli
+from headrace.serving.admission.account_view import AccountView
+from headrace.serving.admission.accounts import open_accounts
 from headrace.serving.admission.authenticate import Authenticator
-from headrace.serving.admission.key_store import KeyStore
 from headrace.serving.clock import SystemClock
 from headrace.serving.config import Config
 
@@ -24,9 +25,9 @@ def headrace(tmp_path, capsys):
 
 
 def caller(home, key: str):
-    config = Config.load(home)
-    keys = KeyStore(config.keys_path, config.pepper_path, clock=SystemClock())
-    return Authenticator(keys, clock=SystemClock()).authenticate(key)
+    store = open_accounts(Config.load(home))
+    view = AccountView(store, clock=SystemClock(), stale_s=60)
+    return Authenticator(view, clock=SystemClock()).authenticate(key)
 
 
 def test_the_demo_key_is_printed_again_and_opens_the_door(headrace, tmp_path):
