@@ -110,6 +110,7 @@ class Journal:
         self._segment_bytes = config.segment_bytes
         self._seal_s = config.seal_s
         self._spare: File | None = None
+        self._spare_bytes = 0
         self.holds = holds
         self.next_seq = next_seq
         self._chain = chain
@@ -201,11 +202,15 @@ class Journal:
     def make_spare(self) -> None:
         """Set the room of the next segment aside, if that is not done.
 
+        More than is configured where less has been configured than what is open needs.
+
         Raises:
             OSError: there is none.
         """
         if self._spare is None:
-            self._spare = self._files.create(self._folder.path / SPARE_FILE, self._segment_bytes)
+            num_bytes = max(self._segment_bytes, 4 * self.holds.num_bytes)
+            self._spare = self._files.create(self._folder.path / SPARE_FILE, num_bytes)
+            self._spare_bytes = num_bytes
 
     def close(self) -> None:
         """Let go of the files; what was appended is durable. Idempotent."""
@@ -230,7 +235,7 @@ class Journal:
             file=file,
             path=self._folder.segment(number),
             offset=0,
-            num_bytes=self._segment_bytes,
+            num_bytes=self._spare_bytes,
             tree=MerkleTree(),
             began_ms=self._clock.monotonic_ms(),
         )

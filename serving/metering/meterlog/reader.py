@@ -163,7 +163,7 @@ class LogReader:
         parse = meterlog_pb2.MeterEvent.FromString
         found: list[Logged] = []
         was_suspicious = False
-        while not position.is_sealed:
+        while not position.is_sealed and (bound is None or position.seq <= bound):
             data = self._files.read(path, offset=position.offset, size=CHUNK_BYTES)
             begins = position.offset
             for frame in fmt.frames(data, offset=0, seq=position.seq):

@@ -110,6 +110,12 @@ class Writer:
     _gate: threading.Lock = field(default_factory=threading.Lock)
     """Between a last entry and the end of the thread that would answer it."""
 
+    @property
+    def pause_s(self) -> float:
+        """How long the writer may sleep: until the checkpoints are due."""
+        since_s = (self.clock.monotonic_ms() - self._flushed_ms) / 1000
+        return min(self.checkpoint_s, max(0.001, self.checkpoint_s - since_s))
+
     def put(self, entry: Entry) -> None:
         """Queue an entry; it will be answered.
 
@@ -136,7 +142,7 @@ class Writer:
 
     def run(self) -> None:
         try:
-            while self.turn(self.checkpoint_s):
+            while self.turn(self.pause_s):
                 pass
         finally:
             self.journal.close()

@@ -163,6 +163,25 @@ def test_open_holds_outlive_the_segment_they_began_in(start, run, disk, told):
     assert told(left)["long"][-1] == ("recovered", 3, 12_400)
 
 
+def test_open_holds_outlive_a_configuration_with_smaller_segments(start, run, disk, told):
+    """Killed just after a Seal, with more open than a quarter of the new size."""
+    crashed = start()
+
+    async def story():
+        for i in range(40):
+            await crashed.accepts(f"r{i}")
+        crashed.clock.advance(seconds=3600)
+        disk.cut_at = disk.operations + 2
+        crashed.turn()
+
+    run(story())
+    after = start(disk.after_kill(), epoch="next", segment_bytes=16 << 10)
+
+    assert verify(FOLDER, files=disk).sealed == 1
+    assert after.log.recovered == 40
+    assert told(disk)["r7"] == [("reserve", 0, 0), ("expire", 0, 0)]
+
+
 @pytest.mark.parametrize("fault", list(Fault), ids=lambda fault: fault.name)
 def test_an_error_at_any_operation_stops_the_log_for_good(fault, start, told):
     """No write is tried again and nothing unconfirmed is acknowledged; the next start recovers.

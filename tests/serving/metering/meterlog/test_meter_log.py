@@ -256,6 +256,16 @@ def test_a_slow_stream_is_noted_once_the_interval_is_over(start, run, disk, told
     assert told(disk)["r1"] == [("reserve", 0, 0), ("checkpoint", 1, 0)]
 
 
+def test_the_writer_sleeps_no_longer_than_until_checkpoints_are_due(start, run):
+    """Whatever wakes it in between must not put them off."""
+    frontend = start(checkpoint_s=1.0)
+    run(frontend.flushes())
+    frontend.clock.advance(ms=750)
+    run(frontend.accepts("r1"))
+
+    assert frontend.writer.pause_s == pytest.approx(0.25)
+
+
 def test_a_checkpoint_after_the_end_is_ignored(start, run, disk, told):
     frontend = start()
 
