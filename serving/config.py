@@ -272,10 +272,6 @@ class Config:
         return self.home / "accounts.db"
 
     @property
-    def meterlog_dir(self) -> Path:
-        return self.home / "meterlog"
-
-    @property
     def prices_dir(self) -> Path:
         return self.home / "prices"
 

@@ -35,7 +35,11 @@ HOMES: dict[str, tuple[str, ...]] = {
     "onnxruntime": ("serving/engine/onnx_engine.py",),
     "sqlite3": ("serving/metering", "serving/admission", "deploy/checkup.py"),
     "yaml": ("serving/config", "deploy"),
-    "psycopg": ("serving/metering/ledger/postgres_database.py",),
+    "psycopg": (
+        "serving/metering/ledger/postgres_database.py",
+        "serving/admission/database_postgres.py",
+        "serving/testing/postgres.py",
+    ),
     "pyarrow": ("serving/metering/ledger/focus_parquet.py",),
     "prometheus_client": ("serving/observe", "serving/frontend"),
     "google_crc32c": ("serving/metering/meterlog",),

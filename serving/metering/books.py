@@ -57,24 +57,18 @@ class Books:
         self._prices = PriceShelf(config.prices_dir, price_book.embedded(config.prices))
         gauges = lag_gauges(metrics)
         tell_lag = {name: gauges(name) for name in (LOCAL, SHARED)}
-        meter = config.meter
         with contextlib.ExitStack() as stack:
             followers = Followers(config.ledger_path, config.ledger, clock=clock)
             stack.callback(followers.stop)
             self.meter = MeterLog(
                 config.meterlog_dir,
+                config=config.meter,
                 clock=clock,
                 epoch=uuid.uuid4().hex,
                 version=version,
                 was_used=followers.was_used,
                 metrics=metrics,
                 on_failed=on_failed,
-                queue_max=meter.queue_max,
-                checkpoint_tokens=meter.checkpoint_tokens,
-                checkpoint_s=meter.checkpoint_s,
-                segment_bytes=meter.segment_bytes,
-                seal_s=meter.seal_s,
-                remembered_max=meter.unprojected_max,
             )
             stack.callback(self.meter.close)
             self.meter.projected(followers.catch_up(self._reader(config)))
