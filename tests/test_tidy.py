@@ -34,6 +34,8 @@ HOMES: dict[str, tuple[str, ...]] = {
     "transformers": ("compile", "deploy/bench"),
     "onnxruntime": ("serving/engine/onnx_engine.py",),
     "sqlite3": ("serving/metering", "serving/admission", "deploy/checkup.py"),
+    "psycopg": ("serving/metering", "serving/admission", "serving/testing"),
+    "joserfc": ("serving/admission/operator_token.py",),
     "yaml": ("serving/config", "deploy"),
     "prometheus_client": ("serving/observe.py", "serving/frontend"),
     "llguidance": ("serving/engine/structured.py",),

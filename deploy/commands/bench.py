@@ -27,6 +27,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
     _add_llm(kinds)
     _add_frontend(kinds)
+    _add_admission(kinds)
     _add_peers(kinds)
 
 
@@ -60,6 +61,16 @@ def _add_frontend(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     frontend.add_argument("--loop-s", type=float, default=5.0, help="seconds of each turn (5)")
     _add_common(frontend)
     frontend.set_defaults(run=_frontend)
+
+
+def _add_admission(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    admission = kinds.add_parser(
+        "admission",
+        help="what it costs to know who calls and whether they may",
+        description="One thread, no I/O. A few seconds.",
+    )
+    _add_common(admission)
+    admission.set_defaults(run=_admission)
 
 
 def _add_peers(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -112,6 +123,13 @@ def _frontend(args: argparse.Namespace) -> int:
         seconds=args.loop_s,
     )
     return _show(frontend.run(options, home, _tell), home, args)
+
+
+def _admission(args: argparse.Namespace) -> int:
+    from headrace.deploy.bench import admission
+
+    home = Config.load(args.home).home
+    return _show(admission.run(home, _tell), home, args)
 
 
 def _list_peers(args: argparse.Namespace) -> int:
