@@ -44,6 +44,16 @@ def test_a_revoked_key_is_refused_on_every_frontend_at_its_next_poll(house):
     assert POLL_S <= 0.5
 
 
+def test_a_change_that_takes_long_delays_no_frontend(house):
+    """Frontends read beside whoever writes, so another's long change delays no revocation."""
+    new = house.store.demo()
+    house.door.polls()
+    house.store.revoke_key(key_id=new.stored.key_id)
+
+    with house.database.changing():
+        assert house.door.polls().lets_in(new.key) is None
+
+
 def test_a_key_is_good_until_the_millisecond_it_expires(house):
     house.has("acme")
     expires = house.clock.unix_ms() + DAY_MS
