@@ -24,7 +24,8 @@ from headrace.serving.config import Config, cores
 from headrace.serving.domain.artifact import MANIFEST_FILE
 from headrace.serving.engine.loader import read_manifest, verify_files
 from headrace.serving.errors import ServingError
-from headrace.serving.metering.usage_schema import SQLITE_MIN, connect_reading
+from headrace.serving.metering.ledger.sqlite_database import SQLITE_MIN
+from headrace.serving.metering.meterlog.verify import verify
 
 MEMORY_WANTED_BYTES = 2 << 30
 """Ray's own processes take 0.6 GB, a replica with its int8 model and KV cache 0.9 GB."""
@@ -171,35 +172,34 @@ def check_artifacts(config: Config) -> Iterable[Finding]:
         yield Finding("artifact", Status.WARN, "no model is compiled yet", fix)
 
 
-_COUNT_RECORDS = {
-    "request": "SELECT count(*) FROM request WHERE log_no NOT IN"
-    " (SELECT log_no FROM log WHERE log_id = 'usage-records-1')",
-    "usage": "SELECT count(*) FROM usage",
-}
-"""By table: the ledger's own, and those of the release before, which the ledger has taken over."""
-
-
 def check_records(config: Config) -> Iterable[Finding]:
-    """SQLite's own look at the file; about a second for each gigabyte."""
+    """The meter log as an auditor would, and SQLite's look at the ledger: seconds a gigabyte."""
+    if not config.meterlog_dir.exists():
+        yield Finding("meter log", Status.OK, "no requests yet")
+    else:
+        try:
+            found = verify(config.meterlog_dir)
+        except ServingError as error:
+            yield Finding("meter log", Status.FAIL, error.what, error.fix)
+        else:
+            yield Finding("meter log", Status.OK, f"{found.records:,} records, whole and chained")
     path = config.ledger_path
     if not path.exists():
-        yield Finding("records", Status.OK, "no requests yet")
+        yield Finding("ledger", Status.OK, "not there yet: it is made from the meter log")
         return
     try:
-        with closing(connect_reading(path)) as connection:
+        with closing(
+            sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)
+        ) as connection:
             (verdict,) = connection.execute("PRAGMA quick_check(1)").fetchone()
-            count = sum(
-                connection.execute(_COUNT_RECORDS[name]).fetchone()[0]
-                for (name,) in connection.execute("SELECT name FROM sqlite_schema").fetchall()
-                if name in _COUNT_RECORDS
-            )
+            (count,) = connection.execute("SELECT count(*) FROM request").fetchone()
     except sqlite3.Error as error:
         verdict, count = str(error), 0
     if verdict == "ok":
-        yield Finding("records", Status.OK, f"{count:,} in {path}")
+        yield Finding("ledger", Status.OK, f"{count:,} requests in {path}")
     else:
-        fix = "Stop the frontend and restore the file from a backup."
-        yield Finding("records", Status.FAIL, f"{path} is damaged: {verdict}", fix)
+        fix = "Stop the frontend and remove the file: the next start makes it from the meter log."
+        yield Finding("ledger", Status.FAIL, f"{path} is damaged: {verdict}", fix)
 
 
 def check_frontend(config: Config) -> Iterable[Finding]:

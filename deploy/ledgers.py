@@ -11,7 +11,6 @@ from pathlib import Path
 
 from headrace.serving.clock import SystemClock
 from headrace.serving.config import Config, read_secret
-from headrace.serving.metering.ledger.former import import_former
 from headrace.serving.metering.ledger.ledger import Ledger
 from headrace.serving.metering.ledger.projector import Follower
 from headrace.serving.metering.ledger.replay import open_postgres
@@ -36,7 +35,7 @@ def sources(config: Config, folders: Sequence[Path] = ()) -> list[Source]:
 
 @contextmanager
 def local(config: Config) -> Iterator[Ledger]:
-    """The home's own ledger, caught up, with the records of former releases.
+    """The home's own ledger, caught up.
 
     Raises:
         LedgerUnavailable, MeterUnavailable: it cannot be read or written.
@@ -45,7 +44,6 @@ def local(config: Config) -> Iterator[Ledger]:
     config.prepare_home()
     ledger = Ledger(SqliteDatabase(config.ledger_path))
     try:
-        import_former(config.ledger_path, ledger, now_unix_ms=SystemClock().unix_ms)
         catch_up(sources(config), ledger)
         yield ledger
     finally:

@@ -140,18 +140,8 @@ def failed_over(
     )
 
 
-def usage_recovered(*, requests: int, epochs: int) -> None:
-    """Records that a dead frontend had left open were settled at their last checkpoint."""
-    _event(logging.WARNING, "usage_recovered", requests=requests, epochs=epochs)
-
-
 def meter_unhealthy(*, why: str) -> None:
     _event(logging.ERROR, "meter_unhealthy", why=why)
-
-
-def meter_healthy(*, settled_late: int) -> None:
-    """The store can be written again; `settled_late` records were closed without a charge."""
-    _event(logging.WARNING, "meter_healthy", settled_late=settled_late)
 
 
 def accounts_unreadable(*, what: str, stale_s: float) -> None:

@@ -28,6 +28,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     _add_llm(kinds)
     _add_frontend(kinds)
     _add_meter(kinds)
+    _add_admission(kinds)
     _add_peers(kinds)
 
 
@@ -75,6 +76,16 @@ def _add_meter(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     meter.add_argument("--loop-s", type=float, default=3.0, help="seconds of each turn (3)")
     _add_common(meter)
     meter.set_defaults(run=_meter)
+
+
+def _add_admission(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    admission = kinds.add_parser(
+        "admission",
+        help="what it costs to know who calls and whether they may",
+        description="One thread, no I/O. A few seconds.",
+    )
+    _add_common(admission)
+    admission.set_defaults(run=_admission)
 
 
 def _add_peers(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -139,6 +150,13 @@ def _meter(args: argparse.Namespace) -> int:
         seconds=args.loop_s,
     )
     return _show(meter.run(options, home, _tell), home, args)
+
+
+def _admission(args: argparse.Namespace) -> int:
+    from headrace.deploy.bench import admission
+
+    home = Config.load(args.home).home
+    return _show(admission.run(home, _tell), home, args)
 
 
 def _list_peers(args: argparse.Namespace) -> int:

@@ -64,7 +64,6 @@ def _replay(args: argparse.Namespace) -> int:
                 ledgers.sources(config, args.logs),
                 target,
                 before=before,
-                former_path=config.ledger_path,
             )
     finally:
         target.close()

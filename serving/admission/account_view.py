@@ -24,8 +24,8 @@ USED_EVERY_MS = 60_000
 """How often the use of one key is noted: to the minute is enough to find keys nobody uses."""
 USED_KEYS_MAX = 1_000
 """Keys noted by one transaction: 20 ms."""
-WRITE_ROUNDS = 60
-"""Rounds between two such transactions: half a minute. A killed frontend forgets no more."""
+WRITE_EVERY_S = 30.0
+"""Between two such transactions. A killed frontend forgets no more."""
 NEVER_UNIX_MS = 1 << 62
 
 _Subject = tuple[str, str]
@@ -68,7 +68,7 @@ class AccountView:
         self._readable = True
         self._refreshing = threading.Lock()
         self._stopping = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._threads: list[threading.Thread] = []
         self.refresh()
 
     @property
@@ -130,25 +130,31 @@ class AccountView:
             self._store.note_used(dict(self._used.popitem() for _ in range(count)))
 
     def start(self) -> None:
-        """Refresh twice a second from now on, in a thread."""
-        self._thread = threading.Thread(target=self._follow, name="account-view", daemon=True)
-        self._thread.start()
+        """Refresh twice a second from now on, in a thread; and write uses, in another.
+
+        Writing may wait for another process's change, and a revocation must not.
+        """
+        loops = {"account-view": self._follow, "account-uses": self._note}
+        for name, loop in loops.items():
+            self._threads.append(threading.Thread(target=loop, name=name, daemon=True))
+            self._threads[-1].start()
 
     def close(self) -> None:
         """Stop, and store what is gathered. Blocks for a transaction or two; idempotent."""
         self._stopping.set()
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        threads, self._threads = self._threads, []
+        for thread in threads:
+            thread.join()
+        if threads:
             self._write_gathered()
 
     def _follow(self) -> None:
-        rounds = 0
         while not self._stopping.wait(POLL_S):
-            rounds += 1
             self._attempt()
-            if self._readable and rounds % WRITE_ROUNDS == 0:
-                self._write_gathered()
+
+    def _note(self) -> None:
+        while not self._stopping.wait(WRITE_EVERY_S):
+            self._write_gathered()
 
     def _attempt(self) -> None:
         """A round that says in the log when an outage begins, and when it ends."""
@@ -171,10 +177,13 @@ class AccountView:
             self.write_used()
         except ServingError as error:
             log.refused(error, during="noting when keys were used")
+        except Exception as error:  # The thread's root: a defect must not end the rounds.
+            log.crashed(during="noting when keys were used", error=error)
 
     def _apply(self, changes: Changes) -> None:
         if changes.is_whole:
             # In one assignment each: between two of them a check sees at worst the older state.
+            self._noted = {}
             self._keys = {key.key_id: _known(key) for key in changes.keys if _passes(key)}
             self._suspended = {
                 _subject(each)

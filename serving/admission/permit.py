@@ -40,18 +40,11 @@ def check_model(caller: Caller, model: str) -> None:
         raise _denied(caller, f"may not use the model {model!r}", f"It may: {allowed}.", "models")
 
 
-def tier_for(caller: Caller, asked: Tier | None) -> Tier:
-    """The tier of a request: the one it asks for, else the key's default.
-
-    Raises:
-        PermissionDenied: the tier is outside the scope.
-    """
-    scope = caller.scope
-    tier = asked or scope.default_tier
-    if not scope.allows_tier(tier):
-        allowed = ", ".join(each for each in Tier if scope.allows_tier(each))
+def check_tier(caller: Caller, tier: Tier) -> None:
+    """Raises PermissionDenied: the tier is outside the scope."""
+    if not caller.scope.allows_tier(tier):
+        allowed = ", ".join(each for each in Tier if caller.scope.allows_tier(each))
         raise _denied(caller, f"may not ask for the tier {tier}", f"It may: {allowed}.", "tiers")
-    return tier
 
 
 def _denied(caller: Caller, what: str, why: str, part: str) -> PermissionDenied:

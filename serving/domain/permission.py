@@ -89,7 +89,7 @@ ADMIN_GROUP = "admin"
 
 GROUPS: Mapping[str, tuple[str, ...]] = {
     "inference": ("Inference/*",),
-    "batch": ("Batch/*", "Batches/*"),
+    "batch": ("Batch/*",),
     "admin-read": tuple(
         name for name, needed in METHODS.items() if not needed or needed.only_reads
     ),

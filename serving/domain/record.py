@@ -18,16 +18,12 @@ class Caller:
     """Public part of the key, safe to log."""
     project_id: str = DEFAULT_PROJECT
     scope: Scope = UNLIMITED
-    """What the key may do; its `default_tier` is that of a request which asks for none."""
+    """What the key may do."""
 
     @property
-    def subjects(self) -> tuple[str, str, str]:
-        """What limits hang on, from the widest: `organisation:…`, `project:…/…`, `key:…`."""
-        return (
-            f"organisation:{self.tenant_id}",
-            f"project:{self.tenant_id}/{self.project_id}",
-            f"key:{self.key_id}",
-        )
+    def tier_default(self) -> Tier:
+        """Of a request that asks for none."""
+        return self.scope.default_tier
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

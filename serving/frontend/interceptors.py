@@ -1,7 +1,7 @@
 """What every public call passes: authentication, error mapping, and the last line for defects."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextvars import ContextVar
 from typing import Any
 
@@ -86,7 +86,12 @@ class Edge(grpc.aio.ServerInterceptor):
                 self._guarded(method, handler.unary_stream, handler.request_deserializer),
                 response_serializer=handler.response_serializer,
             )
-        assert handler.unary_unary is not None, "our services take no client streams"
+        if handler.stream_unary is not None:
+            return grpc.stream_unary_rpc_method_handler(
+                self._guarded(method, handler.stream_unary, handler.request_deserializer),
+                response_serializer=handler.response_serializer,
+            )
+        assert handler.unary_unary is not None, "no service of ours streams in both directions"
         return grpc.unary_unary_rpc_method_handler(
             self._guarded(method, handler.unary_unary, handler.request_deserializer),
             response_serializer=handler.response_serializer,
@@ -97,7 +102,7 @@ class Edge(grpc.aio.ServerInterceptor):
 
         # Without a deserializer grpc hands over the bytes. It would answer bytes that are no
         # message with UNKNOWN and our class names, and log a traceback for each.
-        async def guarded(raw: bytes, context: grpc.aio.ServicerContext) -> Any:
+        async def guarded(raw: Any, context: grpc.aio.ServicerContext) -> Any:
             try:
                 return await behaviour(admit(method, raw, parse, context), context)
             except ServingError as error:
@@ -113,14 +118,14 @@ class Edge(grpc.aio.ServerInterceptor):
         return guarded
 
     def _admit_caller(
-        self, method: str, raw: bytes, parse: Any, context: grpc.aio.ServicerContext
-    ) -> Message:
+        self, method: str, raw: Any, parse: Any, context: grpc.aio.ServicerContext
+    ) -> Any:
         try:
             _caller.set(self._caller_of(_presented(context), method, context))
         except ServingError as error:
             log.request_refused(reason=error.reason)
             raise
-        return _parsed(raw, parse)
+        return _parsed(raw, parse) if isinstance(raw, bytes) else _each_parsed(raw, parse)
 
     def _admit_principal(
         self, method: str, raw: bytes, parse: Any, context: grpc.aio.ServicerContext
@@ -188,6 +193,13 @@ def _presented(context: grpc.aio.ServicerContext) -> str:
             fix="Add it; `headrace keys demo` shows the demo key.",
         )
     return presented[len(_SCHEME) :].strip()
+
+
+async def _each_parsed(
+    raw: AsyncIterator[bytes], parse: Callable[[bytes], Message]
+) -> AsyncIterator[Message]:
+    async for each in raw:
+        yield _parsed(each, parse)
 
 
 def _parsed(raw: bytes, parse: Callable[[bytes], Message]) -> Message:

@@ -106,6 +106,7 @@ class Frontend:
         Raises:
             ConfigRefused: a port is taken, or keys, certificate or store cannot be used.
             MeterUnavailable: usage cannot be recorded.
+            AccountsUnavailable: organisations and keys cannot be read.
         """
         try:
             return await self._start()

@@ -36,8 +36,9 @@ class InferenceStub:
     INVALID_SCHEMA      INVALID_ARGUMENT     the JSON schema, regex or choice cannot be compiled
     PROMPT_TOO_LONG     INVALID_ARGUMENT     prompt + max_tokens exceed the model's context
     MODEL_NOT_FOUND     NOT_FOUND            no such model is served here
-    UNAUTHENTICATED     UNAUTHENTICATED      the key is missing, revoked or unknown
+    UNAUTHENTICATED     UNAUTHENTICATED      the key is missing, expired, revoked or unknown
     PERMISSION_DENIED   PERMISSION_DENIED    the key's scope leaves this model, tier or method out
+    ACCOUNT_SUSPENDED   PERMISSION_DENIED    the key's organisation or project is suspended
     ALREADY_SERVED      ALREADY_EXISTS       this request_id was used before
     IDEMPOTENCY_CONFLICT  ALREADY_EXISTS     this idempotency key came with another request
     QUOTA_EXCEEDED      RESOURCE_EXHAUSTED   a rate of yours; QuotaFailure says which, RetryInfo when
@@ -48,6 +49,7 @@ class InferenceStub:
     OVERLOADED          UNAVAILABLE          our limit; retry after RetryInfo, with jitter
     DRAINING            UNAVAILABLE          this frontend is shutting down; retry elsewhere
     DEADLINE_EXCEEDED   DEADLINE_EXCEEDED    the deadline passed; tokens already sent are charged
+    ACCOUNTS_UNAVAILABLE  UNAVAILABLE        keys cannot be checked
     METER_UNAVAILABLE   UNAVAILABLE          usage cannot be recorded, so no work is accepted
     ENGINE_FAULT        INTERNAL             every replica failed under the request; not charged
 
@@ -101,8 +103,9 @@ class InferenceServicer:
     INVALID_SCHEMA      INVALID_ARGUMENT     the JSON schema, regex or choice cannot be compiled
     PROMPT_TOO_LONG     INVALID_ARGUMENT     prompt + max_tokens exceed the model's context
     MODEL_NOT_FOUND     NOT_FOUND            no such model is served here
-    UNAUTHENTICATED     UNAUTHENTICATED      the key is missing, revoked or unknown
+    UNAUTHENTICATED     UNAUTHENTICATED      the key is missing, expired, revoked or unknown
     PERMISSION_DENIED   PERMISSION_DENIED    the key's scope leaves this model, tier or method out
+    ACCOUNT_SUSPENDED   PERMISSION_DENIED    the key's organisation or project is suspended
     ALREADY_SERVED      ALREADY_EXISTS       this request_id was used before
     IDEMPOTENCY_CONFLICT  ALREADY_EXISTS     this idempotency key came with another request
     QUOTA_EXCEEDED      RESOURCE_EXHAUSTED   a rate of yours; QuotaFailure says which, RetryInfo when
@@ -113,6 +116,7 @@ class InferenceServicer:
     OVERLOADED          UNAVAILABLE          our limit; retry after RetryInfo, with jitter
     DRAINING            UNAVAILABLE          this frontend is shutting down; retry elsewhere
     DEADLINE_EXCEEDED   DEADLINE_EXCEEDED    the deadline passed; tokens already sent are charged
+    ACCOUNTS_UNAVAILABLE  UNAVAILABLE        keys cannot be checked
     METER_UNAVAILABLE   UNAVAILABLE          usage cannot be recorded, so no work is accepted
     ENGINE_FAULT        INTERNAL             every replica failed under the request; not charged
 
@@ -205,8 +209,9 @@ class Inference:
     INVALID_SCHEMA      INVALID_ARGUMENT     the JSON schema, regex or choice cannot be compiled
     PROMPT_TOO_LONG     INVALID_ARGUMENT     prompt + max_tokens exceed the model's context
     MODEL_NOT_FOUND     NOT_FOUND            no such model is served here
-    UNAUTHENTICATED     UNAUTHENTICATED      the key is missing, revoked or unknown
+    UNAUTHENTICATED     UNAUTHENTICATED      the key is missing, expired, revoked or unknown
     PERMISSION_DENIED   PERMISSION_DENIED    the key's scope leaves this model, tier or method out
+    ACCOUNT_SUSPENDED   PERMISSION_DENIED    the key's organisation or project is suspended
     ALREADY_SERVED      ALREADY_EXISTS       this request_id was used before
     IDEMPOTENCY_CONFLICT  ALREADY_EXISTS     this idempotency key came with another request
     QUOTA_EXCEEDED      RESOURCE_EXHAUSTED   a rate of yours; QuotaFailure says which, RetryInfo when
@@ -217,6 +222,7 @@ class Inference:
     OVERLOADED          UNAVAILABLE          our limit; retry after RetryInfo, with jitter
     DRAINING            UNAVAILABLE          this frontend is shutting down; retry elsewhere
     DEADLINE_EXCEEDED   DEADLINE_EXCEEDED    the deadline passed; tokens already sent are charged
+    ACCOUNTS_UNAVAILABLE  UNAVAILABLE        keys cannot be checked
     METER_UNAVAILABLE   UNAVAILABLE          usage cannot be recorded, so no work is accepted
     ENGINE_FAULT        INTERNAL             every replica failed under the request; not charged
 

@@ -3,9 +3,7 @@
 import hashlib
 import json
 import socket
-import sqlite3
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
 
 import grpc
 import pytest
@@ -13,6 +11,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from headrace.deploy import checkup, cli
 from headrace.deploy.checkup import Status
+from headrace.serving.clock import SystemClock
 from headrace.serving.config import Config
 from headrace.serving.domain.artifact import (
     MANIFEST_FILE,
@@ -21,7 +20,9 @@ from headrace.serving.domain.artifact import (
     Precision,
     Verification,
 )
-from headrace.serving.metering import usage_schema
+from headrace.serving.metering.books import Books
+from headrace.serving.metering.meterlog import format as fmt
+from headrace.serving.observe import Metrics
 
 
 @pytest.fixture
@@ -155,29 +156,31 @@ def test_an_intact_artifact_passes_and_a_changed_one_does_not(config):
     assert "headrace compile" in changed.fix
 
 
-def test_usage_records_are_checked_without_a_frontend(config):
-    assert only(checkup.check_records(config)).what == "no requests yet"
+def findings(config) -> dict[str, Status]:
+    return {each.name: each.status for each in checkup.check_records(config)}
 
-    usage_schema.connect(config.ledger_path).close()
-    assert only(checkup.check_records(config)).status is Status.OK
+
+def test_the_books_are_checked_without_a_frontend(config):
+    assert findings(config) == {"meter log": Status.OK, "ledger": Status.OK}
+
+    Books(config, clock=SystemClock(), metrics=Metrics()).close()
+    assert findings(config) == {"meter log": Status.OK, "ledger": Status.OK}
 
     with config.ledger_path.open("r+b") as file:
         file.write(b"damaged" * 10)
-    assert only(checkup.check_records(config)).status is Status.FAIL
+    assert findings(config) == {"meter log": Status.OK, "ledger": Status.FAIL}
 
 
-def test_a_damaged_page_of_the_records_is_found(config):
-    with closing(usage_schema.connect(config.ledger_path)) as connection:
-        (page,) = connection.execute(
-            "SELECT rootpage FROM sqlite_schema WHERE name = 'usage_by_time'"
-        ).fetchone()
-        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-    with config.ledger_path.open("r+b") as file:
-        file.seek((page - 1) * 4096)
-        file.write(b"\xff" * 4096)
+def test_a_flipped_bit_of_the_meter_log_is_found(config):
+    """Two lives: the first one's record is followed by others, so it cannot be a torn write."""
+    for _ in range(2):
+        Books(config, clock=SystemClock(), metrics=Metrics()).close()
+    (segment,) = config.meterlog_dir.glob("*.seg")
+    content = bytearray(segment.read_bytes())
+    content[content.index(b"\x08", fmt.HEADER_BYTES + fmt.FRAME_BYTES)] ^= 1
+    segment.write_bytes(content)
 
-    assert only(checkup.check_records(config)).status is Status.FAIL
-    assert sqlite3.sqlite_version_info >= usage_schema.SQLITE_MIN
+    assert findings(config)["meter log"] is Status.FAIL
 
 
 def test_a_port_that_somebody_else_holds_is_named_with_its_key(config, listener):

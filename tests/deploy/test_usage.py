@@ -12,7 +12,7 @@ from headrace.serving.config import Config
 from headrace.serving.domain.record import Opening, Settlement
 from headrace.serving.domain.usage import Outcome, Price, Usage
 from headrace.serving.errors import InvalidRequest
-from headrace.serving.metering.usage_store import UsageStore
+from headrace.serving.metering.meterlog.meter_log import MeterLog
 from headrace.serving.testing.clock import ManualClock
 
 PRICE = Price.text(
@@ -27,7 +27,9 @@ USED = Usage(prompt_tokens=100, cached_tokens=10, completion_tokens=20, reasonin
 def serve(home, *requests: tuple[str, str]) -> None:
     """A frontend that served these (tenant, request id), a second apart, and stopped."""
     clock = ManualClock()
-    store = UsageStore(Config.load(home).ledger_path, clock=clock, epoch="life")
+    log = MeterLog(
+        Config.load(home).meterlog_dir, clock=clock, epoch="life", was_used=lambda *_: False
+    )
 
     async def serve_all() -> None:
         for tenant_id, request_id in requests:
@@ -41,7 +43,7 @@ def serve(home, *requests: tuple[str, str]) -> None:
                 price=PRICE,
                 accepted_unix_ms=clock.unix_ms(),
             )
-            await store.open(opening)
+            await log.open(opening)
             settlement = Settlement(
                 tenant_id=tenant_id,
                 request_id=request_id,
@@ -52,10 +54,10 @@ def serve(home, *requests: tuple[str, str]) -> None:
                 first_token_unix_ms=clock.unix_ms(),
                 settled_unix_ms=clock.unix_ms(),
             )
-            await store.settle(settlement)
+            await log.settle(settlement)
 
     asyncio.run(serve_all())
-    store.close()
+    log.close()
 
 
 @pytest.fixture

@@ -19,9 +19,11 @@ from typing import Any
 
 import pytest
 
+from headrace.deploy import ledgers
 from headrace.deploy.client import RemoteRefusal
 from headrace.deploy.testing import Platform
-from headrace.serving.metering.usage_reader import UsageReader
+from headrace.serving.config import Config
+from headrace.serving.metering.ledger.reader import LedgerReader, Which
 from headrace.v1 import inference_pb2 as pb
 
 pytestmark = [
@@ -333,11 +335,8 @@ def test_a_dead_frontend_comes_back_at_its_address_and_closes_its_books(
             reading.result(60)
     platform.until("frontend is back")
     wait_for_answer(platform)
-    (record,) = (
-        each
-        for each in UsageReader(platform.home / "ledger.db").records()
-        if each.request_id == "cut-off"
-    )
+    with ledgers.local(Config.load(platform.home)) as ledger:
+        (record,) = LedgerReader(ledger).records(Which(request_id="cut-off"))
 
     assert record.outcome == "recovered"
     assert record.usage.completion_tokens <= len(stream.token_ids)

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from headrace.serving.clock import Clock
 from headrace.serving.config import LedgerConfig, read_secret
-from headrace.serving.metering.ledger.former import import_former
 from headrace.serving.metering.ledger.ledger import Ledger
 from headrace.serving.metering.ledger.projector import Follower, Lag, Projector
 from headrace.serving.metering.ledger.replay import open_postgres
@@ -25,12 +24,12 @@ class Followers:
     """Made before the log is opened, started after it. Belongs to one event loop."""
 
     def __init__(self, path: Path, config: LedgerConfig, *, clock: Clock) -> None:
-        """Open the local ledger and take over the records of version 1. Blocks.
+        """Open the local ledger. Blocks.
 
         Args:
             path: of the local ledger; made when missing.
             config: whether there is a shared ledger, and a sink.
-            clock: for lags, and for requests that version 1 left open.
+            clock: for lags.
 
         Raises:
             ConfigRefused: a secret file cannot be read, or a ledger of a newer version.
@@ -49,7 +48,7 @@ class Followers:
         if config.sink_token_file is not None:
             token = read_secret(config.sink_token_file, key="ledger.sink_token_file")
         self._receiver = HttpReceiver(config.sink_url, token=token) if config.sink_url else None
-        import_former(path, self._known, now_unix_ms=clock.unix_ms)
+        self._known.prepare()
 
     def was_used(self, tenant_id: str, request_id: str) -> bool:
         """Whether the local ledger knows the request. 10 us; on the event loop only.

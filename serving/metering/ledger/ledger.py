@@ -25,9 +25,6 @@ from headrace.serving.metering.ledger.database import (
 from headrace.serving.metering.ledger.fold import Effects, Fold, Frozen, Request, holds_of
 from headrace.serving.metering.ledger.source import Logged
 
-FORMER_LOG_ID = "usage-records-1"
-"""Stands for the records of version 1, which had no log; see `former.py`."""
-
 
 class Ledger:
     """One ledger in one database. For one thread at a time, like its database."""
@@ -83,16 +80,6 @@ class Ledger:
         if refusal is not None:
             raise refusal
         return mark
-
-    def import_former(self, last_seq: int, effects: Effects) -> None:
-        """Take requests of version 1, up to the row `last_seq` there; see `former.py`."""
-        with self.database.transaction() as execute:
-            log_no, mark = self._lock(execute, FORMER_LOG_ID)
-            if last_seq > mark:
-                fresh = {seq: each for seq, each in effects.requests.items() if seq > mark}
-                assert len(fresh) == len(effects.requests)
-                self._write(execute, effects)
-                execute("UPDATE log SET seq = ? WHERE log_no = ?", (last_seq, log_no))
 
     def log_no(self, log_id: str) -> int:
         """The number that stands for a log in the tables of this ledger; made on first use."""

@@ -31,7 +31,7 @@ from headrace.serving.metering.ledger.database import (
     sum_of,
 )
 from headrace.serving.metering.ledger.fold import BalanceKey, Counted, Effects, Fold, Request
-from headrace.serving.metering.ledger.ledger import FORMER_LOG_ID, Ledger
+from headrace.serving.metering.ledger.ledger import Ledger
 from headrace.serving.metering.ledger.reader import LedgerReader
 from headrace.serving.metering.ledger.source import Logged, Source
 
@@ -85,7 +85,7 @@ def reconcile(sources: Sequence[Source], ledger: Ledger, *, month: int | None = 
 
     Args:
         sources: every log that the ledger is made of; one that is not here is a difference.
-        ledger: of these logs, and of version 1's records, which are compared with themselves.
+        ledger: of these logs.
         month: compare only requests that ended in this one; which requests there are is compared
             in any case.
 
@@ -97,7 +97,7 @@ def reconcile(sources: Sequence[Source], ledger: Ledger, *, month: int | None = 
     books = _Books(month)
     for source in sources:
         _OneLog(source, ledger, findings, books).compare()
-    known = {source.log_id for source in sources} | {FORMER_LOG_ID}
+    known = {source.log_id for source in sources}
     ledger.prepare()
     for (log_id,) in ledger.database.rows("SELECT log_id FROM log WHERE seq > 0 ORDER BY log_id"):
         if log_id not in known:
@@ -286,15 +286,14 @@ class _OneLog:
 
 def _compare_sums(ledger: Ledger, findings: Findings, books: _Books) -> None:
     """Sums that logs make, sums over the ledger's rows, and its balances."""
-    former = _former_no(ledger)
     of_month = "" if books.month is None else " AND request.month = ?"
-    values = (former,) if books.month is None else (former, books.month)
+    values = () if books.month is None else (books.month,)
     by_rows: dict[BalanceKey, tuple[int, int]] = {
         (tenant, project, currency, month): (requests, exact(high, low))
         for tenant, project, currency, month, requests, high, low in ledger.database.rows(
             "SELECT tenant_id, project_id, price.currency, month, count(*),"
             f" {sum_of('charge_femto')} FROM request JOIN price ON price.price_id ="
-            f" request.price_id WHERE month IS NOT NULL AND log_no <> ?{of_month}"
+            f" request.price_id WHERE month IS NOT NULL{of_month}"
             " GROUP BY tenant_id, project_id, price.currency, month",
             values,
         )
@@ -315,7 +314,7 @@ def _compare_sums(ledger: Ledger, findings: Findings, books: _Books) -> None:
         for tenant, unit, high, low in ledger.database.rows(
             f"SELECT tenant_id, unit, {sum_of('quantity')} FROM quantity JOIN request ON"
             " request.log_no = quantity.log_no AND request.seq = quantity.seq"
-            f" WHERE quantity.log_no <> ?{of_month} GROUP BY tenant_id, unit",
+            f" WHERE true{of_month} GROUP BY tenant_id, unit",
             values,
         )
     }
@@ -327,7 +326,7 @@ def _compare_sums(ledger: Ledger, findings: Findings, books: _Books) -> None:
 
 
 def _compare_balances(ledger: Ledger, findings: Findings) -> None:
-    """Balances against the rows they are sums of, version 1's included."""
+    """Balances against the rows they are sums of."""
     sums: dict[BalanceKey, list[int]] = {}
     for column, query in enumerate(_BALANCE_PARTS):
         for *key, count, high, low in ledger.database.rows(query):
@@ -367,8 +366,3 @@ def _find_double_charges(ledger: Ledger, findings: Findings) -> None:
             f"Request {request_id!r} of {tenant_id} was charged {times} times; correct it by an"
             " adjustment.",
         )
-
-
-def _former_no(ledger: Ledger) -> int:
-    rows = ledger.database.rows("SELECT log_no FROM log WHERE log_id = ?", (FORMER_LOG_ID,))
-    return rows[0][0] if rows else 0

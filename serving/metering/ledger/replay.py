@@ -5,7 +5,6 @@ from pathlib import Path
 
 from headrace.serving.clock import SystemClock
 from headrace.serving.errors import ConfigRefused, InvalidRequest
-from headrace.serving.metering.ledger import former
 from headrace.serving.metering.ledger.database import Database
 from headrace.serving.metering.ledger.invoice import copy_invoices
 from headrace.serving.metering.ledger.ledger import Ledger
@@ -40,9 +39,7 @@ def open_postgres(dsn: str) -> Database:
     return PostgresDatabase(dsn)
 
 
-def replay(
-    sources: Sequence[Source], target: Ledger, *, before: Ledger, former_path: Path | None
-) -> int:
+def replay(sources: Sequence[Source], target: Ledger, *, before: Ledger) -> int:
     """Fill a ledger from the first record of every log; answers how many records.
 
     May be stopped and begun again: it goes on where it was.
@@ -51,7 +48,6 @@ def replay(
         sources: every log there is.
         target: empty, or filled in part by an earlier replay.
         before: the ledger that has the invoices.
-        former_path: of the file that may have records of version 1.
 
     Raises:
         InvalidRequest: target and before are one ledger.
@@ -69,7 +65,5 @@ def replay(
     for source in sources:
         begun = target.high_water(source.log_id)
         applied += Follower(source, target, clock=clock).catch_up() - begun
-    if former_path is not None:
-        former.import_former(former_path, target, now_unix_ms=clock.unix_ms)
     copy_invoices(before, target)
     return applied

@@ -27,8 +27,7 @@ from dataclasses import dataclass
 from headrace.serving.errors import ConfigRefused
 from headrace.serving.metering.ledger.database import INTEGER, TEXT, Columns, Database, Execute
 
-SCHEMA_VERSION = 2
-"""1 was the table `usage` of one SQLite file; see `former.py`."""
+SCHEMA_VERSION = 1
 
 LOG: Columns = {"log_no": INTEGER, "log_id": TEXT, "seq": INTEGER, "unix_ms": INTEGER}
 PRICE: Columns = {"price_id": TEXT, "currency": TEXT, "version": TEXT, "rates": TEXT}
@@ -229,14 +228,13 @@ class _Step:
         return [*(table.create(database) for table in _TABLES), *_INDEXES]
 
 
-# Version 1 stays where it is, and the release that made it can go on with it.
-_STEPS: Mapping[int, _Step] = {2: _Step(compatible_with=1)}
+_STEPS: Mapping[int, _Step] = {1: _Step(compatible_with=1)}
 
 
 def _version(database: Database) -> tuple[int, int]:
-    """Version and the oldest it is compatible with; (1, 1) where there is no ledger yet."""
+    """Version and the oldest it is compatible with; (0, 0) where there is no ledger yet."""
     if not database.rows(database.dialect.has_table, ("ledger_schema",)):
-        return 1, 1
+        return 0, 0
     ((version, compatible_with),) = database.rows(
         "SELECT version, compatible_with FROM ledger_schema"
     )
@@ -250,7 +248,7 @@ def _create_version_table(execute: Execute, database: Database) -> None:
         f" version {integer} NOT NULL, compatible_with {integer} NOT NULL) {strict}",
         (),
     )
-    execute("INSERT INTO ledger_schema VALUES (1, 1, 1) ON CONFLICT DO NOTHING", ())
+    execute("INSERT INTO ledger_schema VALUES (1, 0, 0) ON CONFLICT DO NOTHING", ())
 
 
 def price_id(*, currency: str, version: str, rates: str) -> str:

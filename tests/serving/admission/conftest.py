@@ -1,8 +1,10 @@
 """A house with an account store behind it, on SQLite or on PostgreSQL."""
 
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psycopg
 import pytest
 
 from headrace.serving.admission.account_store import AccountStore
@@ -71,6 +73,14 @@ class House:
             database.close()
 
 
+def fresh_database(server: PostgresServer) -> str:
+    """The connection string of an empty database of its own."""
+    name = f"t{uuid.uuid4().hex}"
+    with psycopg.connect(server.dsn, autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {name}")
+    return f"{server.dsn} dbname={name}"
+
+
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[PostgresServer]:
     with PostgresServer() as server:
@@ -82,7 +92,7 @@ def open_database(request, tmp_path) -> Callable[[], Database]:
     """Opens one database, the same at every call: the conformance suite runs over both kinds."""
     if request.param == "sqlite":
         return lambda: SqliteDatabase(tmp_path / "accounts.db")
-    conninfo = request.getfixturevalue("postgres").database()
+    conninfo = fresh_database(request.getfixturevalue("postgres"))
     return lambda: PostgresDatabase(conninfo)
 
 
@@ -103,7 +113,7 @@ def small_house(tmp_path) -> House:
 @pytest.fixture
 def postgres_house(tmp_path, postgres) -> Iterator[House]:
     """Where the story is PostgreSQL's own."""
-    conninfo = postgres.database()
+    conninfo = fresh_database(postgres)
     house = House(tmp_path, lambda: PostgresDatabase(conninfo))
     yield house
     house.close()

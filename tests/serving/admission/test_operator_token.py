@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from joserfc import jwk, jwt
 from joserfc.errors import SecurityWarning
@@ -214,6 +214,7 @@ JSON = st.recursive(
 HEADER_NAMES = ("alg", "kid", "typ", "crit", "b64", "jwk", "x5c")
 
 
+@settings(deadline=None)
 @given(
     header=st.dictionaries(st.sampled_from(HEADER_NAMES), JSON | st.just("EdDSA")) | JSON,
     claims=st.dictionaries(st.sampled_from(("exp", "aud", "sub", "nbf")), JSON) | JSON,
@@ -228,6 +229,7 @@ def test_whatever_is_presented_the_answer_is_a_refusal(tmp_path_factory, header,
     office.refuses(b"".join(parts).decode("latin-1"))
 
 
+@settings(deadline=None)
 @given(claims=st.dictionaries(st.sampled_from(("exp", "aud", "sub", "nbf", "roles")), JSON))
 def test_whatever_the_issuer_signs_the_answer_is_a_bearer_or_a_refusal(tmp_path_factory, claims):
     office = Office(tmp_path_factory.mktemp("office"))

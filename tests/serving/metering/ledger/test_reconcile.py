@@ -173,8 +173,8 @@ def test_a_ledger_made_again_from_the_logs_says_the_same(books, tmp_path):
     log, ledger = books
     again = Ledger(SqliteDatabase(tmp_path / "again.db"))
 
-    assert replay([log], again, before=ledger, former_path=None) == log.last_seq
-    assert replay([log], again, before=ledger, former_path=None) == 0
+    assert replay([log], again, before=ledger) == log.last_seq
+    assert replay([log], again, before=ledger) == 0
 
     before, after = LedgerReader(ledger), LedgerReader(again)
     assert after.records() == before.records()
