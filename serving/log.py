@@ -140,6 +140,11 @@ def failed_over(
     )
 
 
+def usage_recovered(*, requests: int, epochs: int) -> None:
+    """Requests of dead frontends were settled at their last checkpoint."""
+    _event(logging.WARNING, "usage_recovered", requests=requests, epochs=epochs)
+
+
 def meter_unhealthy(*, why: str) -> None:
     _event(logging.ERROR, "meter_unhealthy", why=why)
 
