@@ -192,11 +192,13 @@ class _Statements:
     """The statements that a batch needs, in one database's spelling."""
 
     def __init__(self, dialect: Dialect) -> None:
+        # CROSS JOIN: SQLite then takes the batch first and finds each hold by its key. Left to
+        # itself it reads the whole log for each, as it cannot know how short a batch is.
         self.select_held = (
             f"SELECT {columns_of(schema.REQUEST, prefix='request.')}, price.currency,"
             f" price.version, price.rates FROM {dialect.batch({'hold': 'integer'})}"
-            " JOIN request ON request.seq = batch.hold AND request.log_no = ?"
-            " JOIN price ON price.price_id = request.price_id"
+            " CROSS JOIN request JOIN price ON price.price_id = request.price_id"
+            " WHERE request.seq = batch.hold AND request.log_no = ?"
         )
         self.insert_prices = _insert(dialect, "price", schema.PRICE) + " ON CONFLICT DO NOTHING"
         self.upsert_requests = (

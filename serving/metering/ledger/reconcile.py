@@ -187,20 +187,21 @@ class _OneLog:
     def _compare_requests(
         self, fold: Fold, ended: Sequence[Request], quantities: Mapping[int, Mapping[str, int]]
     ) -> None:
+        # CROSS JOIN: by key, one after the other; see `ledger._Statements`.
         keys = as_batch([[request.seq] for request in ended])
         table = self._ledger.database.dialect.batch({"seq": INTEGER})
         found: dict[int, Row] = {
             row[1]: row
             for row in self._ledger.database.rows(
-                f"SELECT {columns_of(schema.REQUEST, prefix='request.')} FROM {table} JOIN request"
-                " ON request.seq = batch.seq AND request.log_no = ?",
+                f"SELECT {columns_of(schema.REQUEST, prefix='request.')} FROM {table}"
+                " CROSS JOIN request WHERE request.seq = batch.seq AND request.log_no = ?",
                 (keys, fold.log_no),
             )
         }
         counted: dict[int, dict[str, int]] = {}
         for seq, unit, quantity in self._ledger.database.rows(
-            f"SELECT quantity.seq, quantity.unit, quantity.quantity FROM {table} JOIN quantity"
-            " ON quantity.seq = batch.seq AND quantity.log_no = ?",
+            f"SELECT quantity.seq, quantity.unit, quantity.quantity FROM {table}"
+            " CROSS JOIN quantity WHERE quantity.seq = batch.seq AND quantity.log_no = ?",
             (keys, fold.log_no),
         ):
             counted.setdefault(seq, {})[unit] = quantity

@@ -176,8 +176,8 @@ class Sink:
         quantities: dict[int, dict[str, int]] = {}
         table = self.ledger.database.dialect.batch({"seq": INTEGER})
         for seq, unit, quantity in self.ledger.database.rows(
-            f"SELECT quantity.seq, unit, quantity FROM {table} JOIN quantity"
-            " ON quantity.seq = batch.seq AND quantity.log_no = ?",
+            f"SELECT quantity.seq, unit, quantity FROM {table} CROSS JOIN quantity"
+            " WHERE quantity.seq = batch.seq AND quantity.log_no = ?",
             (as_batch([[row[1]] for row in batch]), self._log_no),
         ):
             quantities.setdefault(seq, {})[unit] = quantity

@@ -3,6 +3,7 @@
 import pytest
 
 from headrace.serving.domain.usage import Outcome, Price, Usage
+from headrace.serving.metering.ledger import sqlite_database
 from headrace.serving.metering.ledger.audit import Transcript, audit
 from headrace.serving.metering.ledger.ledger import Ledger
 from headrace.serving.metering.ledger.reader import LedgerReader
@@ -193,3 +194,42 @@ def test_prices_in_another_unit_are_charged_again_as_well(ledger, log):
 
     assert findings.agree, findings.differences
     assert findings.charge_femto == 1024 * 1024 * 4 * 10**6
+
+
+class StepCounter:
+    """A connection that counts what SQLite's machine does, in thousands of steps."""
+
+    def __init__(self, path) -> None:
+        self.thousands = 0
+        self._real = sqlite_database.connect(path)
+        self._real.set_progress_handler(self._step, 1000)
+
+    def _step(self) -> int:
+        self.thousands += 1
+        return 0
+
+    def __getattr__(self, name: str):
+        return getattr(self._real, name)
+
+
+def test_the_work_grows_with_the_log_and_not_with_its_square(tmp_path):
+    """SQLite once read the whole log for every request of a batch: hours for a day's log."""
+    work = {}
+    for requests in (300, 1200):
+        log, counters = MemoryLog(), []
+        holds = [log.reserves(f"r{i}") for i in range(requests)]
+        for hold in holds:
+            log.settles(hold)
+
+        def connect(path, counters=counters):
+            counters.append(StepCounter(path))
+            return counters[-1]
+
+        ledger = Ledger(SqliteDatabase(tmp_path / f"{requests}.db", connect=connect))
+        ledger.apply(log.log_id, log.records[:requests])
+        ledger.apply(log.log_id, log.records[requests:])
+        assert reconcile([log], ledger).agree
+        work[requests] = sum(counter.thousands for counter in counters)
+        ledger.close()
+
+    assert work[1200] < 6 * work[300]
