@@ -14,6 +14,7 @@ from pathlib import Path
 import yaml
 
 from headrace.serving.config_reader import Reader, bounded, override, port, read_yaml
+from headrace.serving.config_tiers import TiersConfig
 from headrace.serving.domain.artifact import Precision
 from headrace.serving.domain.tier import Tier
 from headrace.serving.domain.usage import Price
@@ -161,6 +162,7 @@ class Config:
     made on first use; on a cluster, a mounted secret."""
     meter: MeterConfig = field(default_factory=MeterConfig)
     prices: PricesConfig = field(default_factory=PricesConfig)
+    tiers: TiersConfig = field(default_factory=TiersConfig)
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
 
     @classmethod
@@ -233,6 +235,10 @@ class Config:
     @property
     def pepper_path(self) -> Path:
         return self.home / "pepper"
+
+    @property
+    def sla_key_path(self) -> Path:
+        return self.home / "sla_key"
 
     @property
     def cluster_token_file(self) -> Path:

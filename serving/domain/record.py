@@ -16,6 +16,8 @@ class Caller:
     key_id: str
     """Public part of the key, safe to log."""
     project_id: str = DEFAULT_PROJECT
+    tier_default: Tier | None = None
+    """Of a request that names no tier; None: standard."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +80,8 @@ class Refused:
     refused_unix_ms: int
     project_id: str = DEFAULT_PROJECT
     tier: Tier = Tier.STANDARD
+    receipt: Receipt | None = None
+    """Says whether it was our doing, which the outcome does not."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -68,6 +68,23 @@ class Promise:
 NOTHING_PROMISED = Promise()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Terms:
+    """What a request is promised, decided when it is accepted."""
+
+    tier_asked: Tier = Tier.STANDARD
+    tier_served: Tier = Tier.STANDARD
+    objective: Objective = Objective()
+    """Of the tier that serves."""
+    tenant: int = 0
+    weight: int = 1
+    """As in Promise."""
+
+
+PLAIN = Terms()
+"""Standard, with nothing promised."""
+
+
 class Verdict(StrEnum):
     """Whether one request got what its tier promises."""
 

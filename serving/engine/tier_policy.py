@@ -75,13 +75,14 @@ def urgency(job: Job, now_ms: float, wait_ms: float, queue_ms: float) -> Urgency
     if due_ms is None:
         return Urgency(ON_TIME, 0, NO_PROMISE_SLACK_MS[rank], job.arrival)
     slack_ms = due_ms - now_ms - wait_ms
-    # A prompt under way keeps its place: it holds blocks as long as it waits.
-    if slack_ms < 0 and rank >= _STANDARD and not job.block_ids:
-        return Urgency(LATE, rank, 0.0, job.arrival)
-    if is_protected:
-        given_ms = due_ms - job.queued_ms
-        if min(slack_ms, given_ms - queue_ms) < STAKE_SHARE[rank] * given_ms:
-            return Urgency(AT_STAKE, rank, slack_ms, job.arrival)
+    given_ms = due_ms - job.queued_ms
+    if slack_ms < 0 and rank >= _STANDARD:
+        if not job.block_ids:
+            return Urgency(LATE, rank, 0.0, job.arrival)
+        # It holds blocks as long as it waits, so it follows those in time and nobody else.
+        slack_ms = given_ms
+    if is_protected and min(slack_ms, given_ms - queue_ms) < STAKE_SHARE[rank] * given_ms:
+        return Urgency(AT_STAKE, rank, slack_ms, job.arrival)
     return Urgency(ON_TIME, 0, slack_ms, job.arrival)
 
 

@@ -21,6 +21,7 @@ from grpc_reflection.v1alpha import reflection
 from headrace.serving import log
 from headrace.serving.admission.authenticate import Authenticator
 from headrace.serving.admission.key_store import KeyStore, cluster_token
+from headrace.serving.admission.tiers import TierDesk
 from headrace.serving.channel.directory import DirectoryServer, Watcher
 from headrace.serving.channel.fleet import ReplicaFleet
 from headrace.serving.clock import Clock, SystemClock
@@ -118,8 +119,13 @@ class Frontend:
             expected=[model.name for model in config.models if model.replicas],
             on_change=self._fleet_changed,
         )
+        tiers = TierDesk(config.tiers, price_for=config.price_for)
         self.pipeline = Pipeline(
-            fleet=self.fleet, meter=store, metrics=self.metrics, clock=self._clock
+            fleet=self.fleet,
+            meter=store,
+            metrics=self.metrics,
+            clock=self._clock,
+            tiers=tiers,
         )
         stack.push_async_callback(self.pipeline.wait_settled)
         stack.push_async_callback(self.fleet.close)
@@ -132,6 +138,7 @@ class Frontend:
             shelf=self._shelf,
             authenticator=authenticator,
             price_for=config.price_for,
+            tiers=tiers,
             executor=self._executor,
             gate=self.gate,
             metrics=self.metrics,
