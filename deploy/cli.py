@@ -23,6 +23,8 @@ VERBS = {
     "chat": "talk to a served model",
     "keys": "make, list and revoke API keys",
     "usage": "show what requests used and cost",
+    "receipts": "show what requests were promised and got",
+    "sla": "state what a month promised and gave, signed",
     "bench": "measure against the peers that are installed",
     "doctor": "check this machine and installation",
 }

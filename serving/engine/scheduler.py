@@ -365,6 +365,7 @@ class Scheduler(Generic[JobT]):
         self._release(victim)
         victim.num_computed = 0
         victim.preemptions += 1
+        victim.rank = tier_policy.promoted_rank(victim, self._now_ms)
         self.queues[victim.rank].add(victim)
         plan.preempted.append(victim)
         self.preemptions += 1

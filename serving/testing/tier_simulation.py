@@ -8,8 +8,8 @@ size their steps in the same way, so that only the order and the refusals differ
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from math import inf
+from dataclasses import dataclass, field, replace
+from itertools import combinations
 
 from headrace.serving.domain.tier import Objective, Promise, Tier, Verdict
 from headrace.serving.domain.usage import Outcome
@@ -25,20 +25,10 @@ from headrace.serving.engine.tier_queue import ANSWER_WEIGHT, PROMPT_WEIGHT
 from headrace.serving.gaps import Gaps
 from headrace.serving.router.endpoint import ReplicaLoad, TierLoad
 from headrace.serving.router.prediction import predicted_ttft_ms
+from headrace.serving.testing.tier_load import OBJECTIVES, Arrival
 
 LOOP_MS = 0.3
 """Around each step: what the loop takes for planning, sampling and delivery."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Arrival:
-    """One request as its client sends it."""
-
-    at_ms: float
-    tier: Tier
-    tenant: int
-    prompt_tokens: int
-    answer_tokens: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -172,30 +162,36 @@ class _Job(Job):
 class Fairness:
     """The greatest lead that one backlogged tenant of a tier got over another.
 
-    Two tenants are compared from the moment both have work waiting until one of them has none; the
-    lead is the range of the difference of their counters, which is the most over any stretch of
-    that time.
+    Two tenants are compared from the moment both have work waiting that can be in time until one of
+    them has none; the lead is the range of the difference of their service, which is the most over
+    any stretch of that time.
     """
 
     def __init__(self) -> None:
-        self.greatest = 0.0
-        self._ranges: dict[tuple[int, int, int], tuple[float, float]] = {}
+        self.gap = 0.0
+        self.bound = 0.0
+        """2 * max(longest prompt, 2 * tokens of the answers that ran at once), so far."""
+        self._ranges: dict[tuple[int, int], tuple[float, float]] = {}
+        self._prompt_max = 0
 
     def look(self, scheduler: Scheduler[_Job], service: Mapping[int, float]) -> None:
-        seen: set[tuple[int, int, int]] = set()
-        for rank, queue in enumerate(scheduler.queues):
-            names = sorted(queue.backlogged)
-            for i, one in enumerate(names):
-                for other in names[i + 1 :]:
-                    key = (rank, one, other)
-                    seen.add(key)
-                    lead = service.get(one, 0.0) - service.get(other, 0.0)
-                    low, high = self._ranges.get(key, (lead, lead))
-                    low, high = min(low, lead), max(high, lead)
-                    self._ranges[key] = low, high
-                    self.greatest = max(self.greatest, high - low)
-        for key in self._ranges.keys() - seen:
-            del self._ranges[key]
+        """After each step. Tenants of different tiers have different numbers."""
+        seen: set[tuple[int, int]] = set()
+        for queue in scheduler.queues:
+            for pair in combinations(sorted(queue.backlogged), 2):
+                seen.add(pair)
+                lead = service.get(pair[0], 0.0) - service.get(pair[1], 0.0)
+                low, high = self._ranges.get(pair, (lead, lead))
+                low, high = min(low, lead), max(high, lead)
+                self._ranges[pair] = low, high
+                self.gap = max(self.gap, high - low)
+        for pair in self._ranges.keys() - seen:
+            del self._ranges[pair]
+        arrivals = [job.served.arrival for job in scheduler.running]
+        answers = sum(each.answer_tokens for each in arrivals)
+        longest = max((each.prompt_tokens for each in arrivals), default=0)
+        self._prompt_max = max(self._prompt_max, longest)
+        self.bound = max(self.bound, 2 * self._prompt_max, 2 * ANSWER_WEIGHT * answers)
 
 
 class Simulation:
@@ -206,11 +202,11 @@ class Simulation:
         policy: Policy,
         arrivals: Sequence[Arrival],
         *,
-        cost: CostModel,
-        objectives: Mapping[Tier, Objective],
-        waiting_max: int = 4096,
+        cost: CostModel = H200_32B,
+        objectives: Mapping[Tier, Objective] = OBJECTIVES,
         seed: int = 1,
     ) -> None:
+        """Prepare; queues have no bound, so that a policy that lets them grow is not helped."""
         self.policy = policy
         self.cost = cost
         self.objectives = objectives
@@ -221,15 +217,12 @@ class Simulation:
         self.fairness = Fairness()
         self.service: dict[int, float] = {}
         """Weighted tokens that each tenant was served."""
-        self.answering_max = 0
         self._noise = random.Random(seed)  # noqa: S311 - nothing secret
-        self._waiting_max = waiting_max
         self._next = 0
 
-    def run(self, *, drain_ms: float = inf) -> None:
-        """Play all arrivals, and for `drain_ms` longer, or until everything has ended."""
-        end_ms = self.served[-1].arrival.at_ms + drain_ms
-        while self.now_ms < end_ms:
+    def run(self) -> None:
+        """Play all arrivals, until everything has ended."""
+        while True:
             self._arrive()
             if self.scheduler.running or self.scheduler.num_waiting:
                 self._step()
@@ -237,6 +230,15 @@ class Simulation:
                 self.now_ms = self.served[self._next].arrival.at_ms
             else:
                 return
+
+    def attained(self, tier: Tier | None = None) -> float:
+        """Share of all offered requests, of one tier or of all, that got what was promised."""
+        verdicts = [
+            served.verdict(self.objectives[served.arrival.tier])[0]
+            for served in self.served
+            if tier is None or served.arrival.tier is tier
+        ]
+        return verdicts.count(Verdict.MET) / len(verdicts)
 
     def _arrive(self) -> None:
         while self._next < len(self.served):
@@ -261,8 +263,6 @@ class Simulation:
 
     def _refuses(self, arrival: Arrival, objective: Objective) -> bool:
         scheduler = self.scheduler
-        if scheduler.num_waiting >= self._waiting_max:
-            return True
         if not (self.policy.refuses and arrival.tier.may_be_relegated):
             return False
         queue = scheduler.queues[arrival.tier.rank]
@@ -294,8 +294,8 @@ class Simulation:
         for job, count in plan.grants:
             self._advance(job, count)
         scheduler.observe(plan, step_ms)
-        self.answering_max = max(self.answering_max, context)
-        self.fairness.look(scheduler, self.service)
+        if self.policy.is_fair:
+            self.fairness.look(scheduler, self.service)
 
     def _advance(self, job: _Job, count: int) -> None:
         tenant = job.served.arrival.tenant
@@ -317,3 +317,14 @@ class Simulation:
         if not job.answer_left:
             served.ended_ms = self.now_ms
             self.scheduler.remove(job)
+
+
+def capacity_rps(arrivals: Sequence[Arrival], *, cost: CostModel = H200_32B) -> float:
+    """Requests per second that the engine finishes when all of them wait from the start.
+
+    First come, first served, with steps sized by the same promises: what any policy could finish,
+    late or not.
+    """
+    simulation = Simulation(FCFS, [replace(each, at_ms=0.0) for each in arrivals], cost=cost)
+    simulation.run()
+    return len(arrivals) * 1000 / simulation.now_ms
