@@ -131,6 +131,8 @@ def read_conversation(path: Path, most: int) -> list[Arrival]:
     try:
         with path.open(newline="") as file:
             lines = [line for line, _ in zip(csv.DictReader(file), range(most), strict=False)]
+        if len(lines) < 2:
+            raise ValueError("it has no two requests")
         moments = [datetime.fromisoformat(line["TIMESTAMP"][:26]).timestamp() for line in lines]
         return [
             Arrival(
