@@ -3,14 +3,15 @@
 Arrival times and lengths are those of the Azure conversation trace of 2023, sped up to a multiple
 of the capacity; tiers are drawn by a stated mix, tenants by the rates of ServeGen's clients. The
 engine is a stated model of step times. Nothing is run but the scheduler, so a figure holds for the
-policy, not for a machine.
+policy, not for a machine; only the time of a plan is this machine's.
 
 Goodput counts every offered request: one that was refused, or was late, is a miss.
 """
 
 import csv
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
@@ -33,6 +34,8 @@ TRACES = Path("shared", "traces")
 CONVERSATION = Path("azure2023", "AzureLLMInferenceTrace_conv.csv")
 SERVEGEN = Path("servegen", "reason", "deepseek-r1")
 TENANTS = len(TENANT_RATES)
+ROWS, WAITING, PLANS = 32, 256, 1_000
+"""A full engine of the default size, and a full queue."""
 
 Tell = Callable[[str], None]
 
@@ -73,6 +76,11 @@ def run(options: Options, tell: Tell) -> Report:
         played[policy.name] = simulation = sim.Simulation(policy, arrivals, seed=options.seed)
         simulation.run()
     report.rows = to_rows(f"tiers/load={options.load:g}", played)
+    name = f"tiers/plan/running={ROWS}/waiting={WAITING}"
+    report.rows += [
+        Row(name=name, peer=OURS, metric=metric, value=value, unit="us")
+        for metric, value in plan_us(seed=options.seed).items()
+    ]
     report.notes = [
         f"Arrivals: {source}. Capacity {capacity:.2f} requests/s: all of them at once, first come, "
         "first served.",
@@ -113,6 +121,26 @@ def to_rows(name: str, played: dict[str, sim.Simulation]) -> list[Row]:
     add(OURS, "fairness gap_tokens", ours.fairness.gap, "tokens")
     add(OURS, "fairness bound_tokens", ours.fairness.bound, "tokens")
     return rows
+
+
+def plan_us(*, seed: int) -> Mapping[str, float]:
+    """How long `Scheduler.plan` takes with all rows and places taken, in four tiers."""
+    drawn = assigned(synthetic(ROWS + WAITING + PLANS, seed=seed), seed=seed)
+    arrivals = [replace(each, at_ms=0.0, prompt_tokens=200) for each in drawn]
+    limits = replace(sim.H200_32B.limits, rows_max=ROWS)
+    cost = replace(sim.H200_32B, limits=limits)
+    simulation = sim.Simulation(sim.OURS, [], cost=cost, seed=seed)
+    coming = iter(arrivals)
+    taken: list[float] = []
+    while len(taken) < PLANS:
+        while simulation.num_live < ROWS + WAITING and (arrival := next(coming, None)):
+            simulation.submit(replace(arrival, at_ms=simulation.now_ms))
+        began = time.perf_counter()
+        plan = simulation.scheduler.plan(simulation.now_ms)
+        taken.append((time.perf_counter() - began) * 1e6)
+        simulation.play(plan)
+    taken.sort()
+    return {"p50_us": taken[PLANS // 2], "p99_us": taken[PLANS * 99 // 100]}
 
 
 def found_traces() -> Path | None:

@@ -18,8 +18,8 @@ from headrace.serving.engine import tier_policy
 from headrace.serving.engine.base import Limits
 from headrace.serving.engine.job import Job
 from headrace.serving.engine.prefix_cache import PrefixChain
+from headrace.serving.engine.scheduler import Plan, Scheduler
 from headrace.serving.engine.scheduler import Policy as UrgencyPolicy
-from headrace.serving.engine.scheduler import Scheduler
 from headrace.serving.engine.tier_policy import AT_STAKE, ON_TIME, Urgency
 from headrace.serving.engine.tier_queue import ANSWER_WEIGHT, PROMPT_WEIGHT
 from headrace.serving.gaps import Gaps
@@ -157,6 +157,9 @@ class _Job(Job):
         )
         self.served = served
         self.answer_left = arrival.answer_tokens
+        # As a Sequence does, before the loop has it.
+        if full := (arrival.prompt_tokens - 1) // H200_32B.limits.kv_block_tokens:
+            self.chain.digest(full - 1, self.token_ids)
 
 
 class Fairness:
@@ -247,19 +250,32 @@ class Simulation:
             if arrival.at_ms > self.now_ms:
                 return
             self._next += 1
-            objective = self.objectives[arrival.tier]
-            if self._refuses(arrival, objective):
+            if self._refuses(arrival, self.objectives[arrival.tier]):
                 served.was_refused = True
-                continue
-            policy = self.policy
-            ttft_ms = objective.ttft_ms_max
-            promise = Promise(
-                tier=arrival.tier if policy.has_tiers else Tier.STANDARD,
-                tenant=arrival.tenant if policy.is_fair else 0,
-                due_ms=arrival.at_ms + ttft_ms if ttft_ms and policy.has_deadlines else None,
-                itl_ms_max=objective.itl_ms_max,
-            )
-            self.scheduler.add(_Job(served, promise, self._next), self.now_ms)
+            else:
+                self._add(served)
+
+    def submit(self, arrival: Arrival) -> None:
+        """Queue one more request, now."""
+        self.served.append(served := Served(arrival))
+        self._next = len(self.served)
+        self._add(served)
+
+    @property
+    def num_live(self) -> int:
+        return len(self.scheduler.running) + self.scheduler.num_waiting
+
+    def _add(self, served: Served) -> None:
+        arrival, policy = served.arrival, self.policy
+        objective = self.objectives[arrival.tier]
+        ttft_ms = objective.ttft_ms_max
+        promise = Promise(
+            tier=arrival.tier if policy.has_tiers else Tier.STANDARD,
+            tenant=arrival.tenant if policy.is_fair else 0,
+            due_ms=arrival.at_ms + ttft_ms if ttft_ms and policy.has_deadlines else None,
+            itl_ms_max=objective.itl_ms_max,
+        )
+        self.scheduler.add(_Job(served, promise, self._next), self.now_ms)
 
     def _refuses(self, arrival: Arrival, objective: Objective) -> bool:
         scheduler = self.scheduler
@@ -281,8 +297,13 @@ class Simulation:
         return most_ms is not None and wait_ms > most_ms
 
     def _step(self) -> None:
-        scheduler = self.scheduler
-        plan = scheduler.plan(self.now_ms)
+        self.play(self.scheduler.plan(self.now_ms))
+        self.steps += 1
+        if self.policy.is_fair:
+            self.fairness.look(self.scheduler, self.service)
+
+    def play(self, plan: Plan[_Job]) -> None:
+        """Let the step of `plan` take its time."""
         rows = plan.num_decoding
         context = sum(job.num_computed for job, _ in plan.grants[:rows])
         tokens = sum(count for _, count in plan.grants) - rows
@@ -290,12 +311,9 @@ class Simulation:
             rows=rows, tokens=tokens, context=context, noise=self._noise.gauss(0, 1)
         )
         self.now_ms += step_ms
-        self.steps += 1
         for job, count in plan.grants:
             self._advance(job, count)
-        scheduler.observe(plan, step_ms)
-        if self.policy.is_fair:
-            self.fairness.look(scheduler, self.service)
+        self.scheduler.observe(plan, step_ms)
 
     def _advance(self, job: _Job, count: int) -> None:
         tenant = job.served.arrival.tenant
