@@ -33,6 +33,8 @@ VERBS = {
     "reconcile": "prove that log and ledger agree",
     "ledger": "show how far the ledger is, or make it again from the logs",
     "meterlog": "verify and print the log that usage is charged by",
+    "receipts": "show what requests were promised and got",
+    "sla": "state what a month promised and gave, signed",
     "bench": "measure against the peers that are installed",
     "doctor": "check this machine and installation",
 }

@@ -15,6 +15,7 @@ import yaml
 
 from headrace.serving.config_accounts import AccountsConfig, OperatorIssuer
 from headrace.serving.config_reader import Reader, bounded, override, port, read_yaml
+from headrace.serving.config_tiers import TiersConfig
 from headrace.serving.domain.artifact import Precision
 from headrace.serving.domain.scope import network
 from headrace.serving.domain.tier import Tier
@@ -198,6 +199,7 @@ class Config:
     accounts: AccountsConfig = field(default_factory=AccountsConfig)
     operators: tuple[OperatorIssuer, ...] = ()
     ledger: LedgerConfig = field(default_factory=LedgerConfig)
+    tiers: TiersConfig = field(default_factory=TiersConfig)
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
 
     @classmethod
@@ -283,6 +285,10 @@ class Config:
     @property
     def pepper_path(self) -> Path:
         return self.home / "pepper"
+
+    @property
+    def sla_key_path(self) -> Path:
+        return self.home / "sla_key"
 
     @property
     def cluster_token_file(self) -> Path:

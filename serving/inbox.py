@@ -69,4 +69,5 @@ def merged(first: Delta, second: Delta) -> Delta:
         text=first.text + second.text,
         logprobs=(*first.logprobs, *second.logprobs),
         cached_tokens=first.cached_tokens or second.cached_tokens,
+        cache_write_tokens=first.cache_write_tokens or second.cache_write_tokens,
     )

@@ -10,13 +10,14 @@ computed again is never charged.
 import asyncio
 import secrets
 from collections.abc import AsyncGenerator, Coroutine
-from dataclasses import dataclass
 
 from headrace.serving import log
 from headrace.serving.clock import Clock
 from headrace.serving.domain.generate import Chunk, Generate, Settled
-from headrace.serving.domain.record import Caller, Opening, Refused, Settlement
-from headrace.serving.domain.usage import Outcome, Price, Usage, nano_of
+from headrace.serving.domain.record import Opening, Refused, Settlement
+from headrace.serving.domain.usage import Outcome, Usage, nano_of
+from headrace.serving.domain.verdict import Measured
+from headrace.serving.endings import Refusal, exhausted, outcome_of
 from headrace.serving.errors import (
     DeadlineExceeded,
     Draining,
@@ -27,7 +28,8 @@ from headrace.serving.errors import (
 from headrace.serving.metering import outcomes
 from headrace.serving.metering.meter import Meter
 from headrace.serving.observe import Metrics
-from headrace.serving.ports import Fleet
+from headrace.serving.ports import Fleet, Tiers
+from headrace.serving.receipts import receipt_of
 from headrace.serving.request_run import Run, is_late
 from headrace.serving.tracing import Span, SpanEnd
 
@@ -38,8 +40,18 @@ ATTEMPTS_MAX = 3
 class Pipeline:
     """Runs requests. One for each frontend; owned by its event loop."""
 
-    def __init__(self, *, fleet: Fleet, meter: Meter, metrics: Metrics, clock: Clock) -> None:
+    def __init__(
+        self,
+        *,
+        fleet: Fleet,
+        meter: Meter,
+        metrics: Metrics,
+        clock: Clock,
+        tiers: Tiers | None = None,
+    ) -> None:
+        """Prepare. Without `tiers` no capacity is held for anyone."""
         self._fleet = fleet
+        self._tiers = tiers
         self._meter = meter
         self._metrics = metrics
         self._clock = clock
@@ -91,9 +103,9 @@ class Pipeline:
         chunks: list[Chunk] = []
         try:
             while not run.is_finished:
-                chunks += await self._next_chunks(run)
-                if chunks and run.ttft_ms is None:
-                    self._begun_answering(run)
+                for chunk in await self._next_chunks(run):
+                    self._time(run, chunk)
+                    chunks.append(chunk)
             for chunk in chunks:
                 run.tally.delivered(chunk)
             ending = Outcome.OK
@@ -108,7 +120,7 @@ class Pipeline:
             charge_nano = await self._settle(run, ending, error)
         return chunks, run.settled(charge_nano)
 
-    async def refuse(self, refusal: "Refusal") -> None:
+    async def refuse(self, refusal: Refusal) -> None:
         """Leave a record of a request that never ran; charges nothing.
 
         Waits until it is durable, or until the caller is gone: then it is written all the same. A
@@ -128,27 +140,41 @@ class Pipeline:
             ending = outcome_of(error)
             if span is not None:
                 span.end(SpanEnd(outcome=ending, usage=Usage(), error=error))
-            await self.refuse(refusal_of(request, ending))
+            await self.refuse(self._refusal_of(request, ending, error))
             raise
 
     async def _begin(self, request: Generate, span: Span | None) -> Run:
         """Everything that can refuse comes before the record is opened, but the record itself."""
+        if self._tiers is None:
+            return await self._open(request, span)
+        entry = self._tiers.enter(request)
+        try:
+            run = await self._open(entry.request, span)
+        except BaseException:
+            entry.leave()
+            raise
+        run.on_stop(entry.leave)
+        return run
+
+    async def _open(self, request: Generate, span: Span | None) -> Run:
         try:
             placement = await self._fleet.place(request)
         except asyncio.CancelledError:
             ending = self._ending_of_leaver(request)
             if span is not None:
                 span.end(SpanEnd(outcome=ending, usage=Usage()))
-            self._keep(self._write_refusal(refusal_of(request, ending)))
+            self._keep(self._write_refusal(self._refusal_of(request, ending)))
             raise
         opening = Opening(
             tenant_id=request.caller.tenant_id,
             request_id=request.request_id,
+            project_id=request.caller.project_id,
             key_id=request.caller.key_id,
             model=request.model,
             version=placement.replica.version,
             price=request.price,
             accepted_unix_ms=request.accepted_unix_ms,
+            tier=request.terms.tier_asked,
         )
         run = Run(
             request,
@@ -190,7 +216,7 @@ class Pipeline:
         if refusal is not None and not isinstance(refusal, _MOVABLE):
             raise refusal
         # A replica that is full says it better than we can, unless part of the answer is out.
-        end: ServingError = _exhausted(run.replicas_tried, departure.why)
+        end: ServingError = exhausted(run.replicas_tried, departure.why)
         if isinstance(refusal, Overloaded | Draining) and run.delivered_ms is None:
             end = refusal
         if run.replicas_tried >= ATTEMPTS_MAX:
@@ -211,10 +237,8 @@ class Pipeline:
 
     def _delivered(self, run: Run, chunk: Chunk) -> None:
         """The caller has `chunk`: count it, time it, and let the meter know."""
-        now_ms = self._clock.monotonic_ms()
-        if run.delivered_ms is None:
-            self._begun_answering(run)
-        else:
+        now_ms = self._time(run, chunk)
+        if run.delivered_ms is not None:
             run.metrics.inter_token((now_ms - run.delivered_ms) / 1000)
         run.delivered_ms = now_ms
         run.tally.delivered(chunk)
@@ -224,12 +248,17 @@ class Pipeline:
             usage=chunk.usage,
         )
 
-    def _begun_answering(self, run: Run) -> None:
-        run.first_token_unix_ms = self._clock.unix_ms()
-        run.ttft_ms = self._clock.monotonic_ms() - run.request.accepted_ms
-        run.metrics.first_token(run.ttft_ms / 1000)
-        if run.span is not None:
-            run.span.first_token(run.ttft_ms / 1000)
+    def _time(self, run: Run, chunk: Chunk) -> float:
+        """Note when `chunk` came to the gateway's edge, which is now."""
+        now_ms = self._clock.monotonic_ms()
+        is_first = run.ttft_ms is None
+        run.stopwatch.chunk(chunk.index, now_ms)
+        if is_first and run.ttft_ms is not None:
+            run.first_token_unix_ms = self._clock.unix_ms()
+            run.metrics.first_token(run.ttft_ms / 1000)
+            if run.span is not None:
+                run.span.first_token(run.ttft_ms / 1000)
+        return now_ms
 
     def _ending_of_leaver(self, request: Generate) -> Outcome:
         """How a request ended whose caller is gone."""
@@ -253,13 +282,28 @@ class Pipeline:
                     error=error,
                 )
             )
-        task = self._keep(self._write_settlement(run, ending))
+        task = self._keep(self._write_settlement(run, ending, error))
         if ending is Outcome.OK:
             return await asyncio.shield(task)
         await asyncio.wait({task})
         return 0
 
-    async def _write_refusal(self, refusal: "Refusal") -> int:
+    def _refusal_of(
+        self, request: Generate, ending: Outcome, error: ServingError | None = None
+    ) -> Refusal:
+        elapsed_ms = self._clock.monotonic_ms() - request.accepted_ms
+        measured = Measured(elapsed_us=round(elapsed_ms * 1000))
+        return Refusal(
+            caller=request.caller,
+            request_id=request.request_id,
+            model=request.model,
+            price=request.price,
+            ending=ending,
+            tier=request.terms.tier_asked,
+            receipt=receipt_of(request.terms, measured, ending, error),
+        )
+
+    async def _write_refusal(self, refusal: Refusal) -> int:
         await self._meter.refuse(
             Refused(
                 tenant_id=refusal.caller.tenant_id,
@@ -270,6 +314,8 @@ class Pipeline:
                 price=refusal.price,
                 outcome=refusal.ending,
                 refused_unix_ms=self._clock.unix_ms(),
+                tier=refusal.tier,
+                receipt=refusal.receipt,
             )
         )
         return 0
@@ -298,8 +344,12 @@ class Pipeline:
             else:
                 log.crashed(during="settle", error=error)
 
-    async def _write_settlement(self, run: Run, ending: Outcome) -> int:
+    async def _write_settlement(
+        self, run: Run, ending: Outcome, error: ServingError | None = None
+    ) -> int:
         request, usage = run.request, run.tally.usage
+        measured = run.stopwatch.measured(self._clock.monotonic_ms())
+        run.receipt = receipt_of(request.terms, measured, ending, error)
         charge_femto = outcomes.charge_femto(request.price, usage, ending)
         charge_nano = nano_of(charge_femto)
         await self._meter.settle(
@@ -313,6 +363,7 @@ class Pipeline:
                 first_token_unix_ms=run.first_token_unix_ms,
                 settled_unix_ms=self._clock.unix_ms(),
                 replicas_tried=run.replicas_tried,
+                receipt=run.receipt,
             )
         )
         run.metrics.settled(ending, usage)
@@ -333,52 +384,5 @@ class Pipeline:
         return charge_nano
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Refusal:
-    """A request that ended before it was opened.
-
-    Its record's id is the request_id with a suffix that no caller can send: the request_id itself
-    stays unused, so that the retry a refusal asks for is not taken for a replay.
-    """
-
-    caller: Caller
-    request_id: str
-    """As far as it was valid; empty otherwise."""
-    model: str
-    price: Price
-    ending: Outcome
-
-
-def refusal_of(request: Generate, ending: Outcome) -> Refusal:
-    return Refusal(
-        caller=request.caller,
-        request_id=request.request_id,
-        model=request.model,
-        price=request.price,
-        ending=ending,
-    )
-
-
 _MOVABLE = (EngineFault, Overloaded, Draining)
 """What another replica might do better."""
-
-
-def outcome_of(error: ServingError) -> Outcome:
-    """The label of a request that ended with `error`."""
-    match error:
-        case DeadlineExceeded():
-            return Outcome.DEADLINE
-        case EngineFault():
-            return Outcome.FAILED
-        case _ if type(error) is ServingError:
-            return Outcome.FAILED
-        case _:
-            return Outcome.REJECTED
-
-
-def _exhausted(tried: int, why: str) -> EngineFault:
-    return EngineFault(
-        f"The request was lost by {tried} replica{'s' if tried > 1 else ''}.",
-        why=f"The last one: {why}." if why else "None is left to go on with it.",
-        fix="Send it again with a new request_id; this one was not charged.",
-    )

@@ -1,6 +1,6 @@
 """What the pipeline needs of the outside, beside the meter: replicas, and a way to choose one."""
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -35,6 +35,28 @@ class Placement:
     why: str
 
 
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A request that its tier has taken in."""
+
+    request: Generate
+    """As it is served: a tier that was full may have passed it on to another."""
+    leave: Callable[[], None]
+    """Gives back what is held for it; called once, when the request is over."""
+
+
+class Tiers(Protocol):
+    """The capacity that tiers hold for their tenants."""
+
+    def enter(self, request: Generate) -> Entry:
+        """Take what the request's tier holds for its tenant.
+
+        Raises:
+            TierUnavailable: it is taken, and the overflow is refused.
+        """
+        ...
+
+
 class Fleet(Protocol):
     """The replicas this frontend can reach."""
 
@@ -43,7 +65,8 @@ class Fleet(Protocol):
 
         Raises:
             ModelNotFound: no replica of this model is known.
-            Overloaded: none can take the request in time.
+            Overloaded: none can take the request in time, or none could keep what flex or batch
+                promise; `retry_after_ms` says when that may have changed.
             DeadlineExceeded: the request's deadline comes first.
         """
         ...

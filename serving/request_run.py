@@ -1,15 +1,18 @@
 """A request while it runs: which answers run where, and what of them has arrived."""
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from headrace.serving.clock import Clock
 from headrace.serving.domain.generate import Chunk, Generate, Settled
 from headrace.serving.domain.request import Delta, FinishReason, SequenceSpec
+from headrace.serving.domain.tier import Promise, Receipt
 from headrace.serving.errors import ServingError
 from headrace.serving.inbox import Inbox
 from headrace.serving.observe import ModelMetrics
 from headrace.serving.ports import Placement
+from headrace.serving.receipts import Stopwatch
 from headrace.serving.tally import Tally
 from headrace.serving.tracing import Span
 
@@ -60,7 +63,9 @@ class Run:
         self._refused: ServingError | None = None
         """What the replica said when it gave a sequence up, if it said anything."""
         self.delivered_ms: float | None = None
-        self.ttft_ms: float | None = None
+        self.stopwatch = Stopwatch(request.accepted_ms)
+        self.receipt: Receipt | None = None
+        """Once the request is settled."""
         self.first_token_unix_ms: int | None = None
         self._clock = clock
         self._sequences: dict[int, int] = {}
@@ -69,10 +74,15 @@ class Run:
         """Tokens of each answer that are here: what a resumed sequence starts from."""
         self._unfinished = set(range(request.n))
         self._expiry: asyncio.TimerHandle | None = None
+        self._leave: Callable[[], None] | None = None
 
     @property
     def is_finished(self) -> bool:
         return not self._unfinished
+
+    @property
+    def ttft_ms(self) -> float | None:
+        return self.stopwatch.ttft_ms
 
     @property
     def num_arrived(self) -> int:
@@ -87,7 +97,15 @@ class Run:
 
     def submit(self) -> int:
         """Start every unfinished answer on the placed replica; returns the tokens resumed."""
-        request, replica = self.request, self.placement.replica
+        request, replica, terms = self.request, self.placement.replica, self.request.terms
+        ttft_ms = terms.objective.ttft_ms_max
+        promise = Promise(
+            tier=terms.tier_served,
+            tenant=terms.tenant,
+            weight=terms.weight,
+            due_ms=None if ttft_ms is None else request.accepted_ms + ttft_ms,
+            itl_ms_max=terms.objective.itl_ms_max,
+        )
         for index in sorted(self._unfinished):
             seed = (request.sampling.seed + index) % SEED_MODULUS
             sampling = request.sampling if index == 0 else replace(request.sampling, seed=seed)
@@ -97,6 +115,7 @@ class Run:
                 resume_ids=tuple(self._arrived[index]),
                 cache_salt=request.cache_salt,
                 deadline_ms=request.deadline_ms,
+                promise=promise,
             )
             self._sequences[index] = replica.submit(spec, inbox=self.inbox, index=index)
         return sum(len(self._arrived[index]) for index in self._unfinished)
@@ -135,8 +154,15 @@ class Run:
             self.placement.replica.abort(sequence)
         self._sequences.clear()
 
+    def on_stop(self, leave: Callable[[], None]) -> None:
+        """Call `leave` once, when the request is over."""
+        self._leave = leave
+
     def stop(self) -> None:
         self.abort()
+        if self._leave is not None:
+            self._leave()
+            self._leave = None
         if self._expiry is not None:
             self._expiry.cancel()
 
@@ -147,6 +173,7 @@ class Run:
             price=self.request.price,
             version=self.placement.replica.version,
             replicas_tried=self.replicas_tried,
+            receipt=self.receipt,
         )
 
 

@@ -9,8 +9,8 @@ class Tally:
     """Usage that arrived, and the part of it that was delivered.
 
     The prompt counts once, with the first delta of the request: `n` answers share it, and what a
-    failover computes again was counted already. So do the prompt's cached tokens, which the first
-    replica's prefix cache decided.
+    failover computes again was counted already. So do the prompt's cached and written tokens, which
+    the first replica's prefix cache decided.
     """
 
     def __init__(self, request: Generate) -> None:
@@ -18,6 +18,7 @@ class Tally:
         """What the caller has."""
         self._prompt_tokens = len(request.prompt_ids)
         self._cached_tokens: int | None = None
+        self._cache_write_tokens = 0
         self._completion_tokens = 0
         self._reasoning_tokens = 0
         self._marks = request.reasoning_token_ids
@@ -27,12 +28,15 @@ class Tally:
         """The usage once `delta` of answer `index` is delivered. Call once, in order."""
         if self._cached_tokens is None:
             self._cached_tokens = min(delta.cached_tokens, self._prompt_tokens)
+            fresh = self._prompt_tokens - self._cached_tokens
+            self._cache_write_tokens = min(delta.cache_write_tokens, fresh)
         self._completion_tokens += len(delta.token_ids)
         if self._marks is not None:
             self._count_reasoning(index, delta)
         return Usage(
             prompt_tokens=self._prompt_tokens,
             cached_tokens=self._cached_tokens,
+            cache_write_tokens=self._cache_write_tokens,
             completion_tokens=self._completion_tokens,
             reasoning_tokens=self._reasoning_tokens,
         )

@@ -34,7 +34,7 @@ HOMES: dict[str, tuple[str, ...]] = {
     "transformers": ("compile", "deploy/bench"),
     "onnxruntime": ("serving/engine/onnx_engine.py",),
     "sqlite3": ("serving/metering", "serving/admission", "deploy/checkup.py"),
-    "joserfc": ("serving/admission/operator_token.py",),
+    "joserfc": ("serving/admission/operator_token.py", "serving/metering/sla_signature.py"),
     "yaml": ("serving/config", "deploy"),
     "psycopg": (
         "serving/metering/ledger/postgres_database.py",

@@ -14,6 +14,8 @@ from headrace.serving.config import Config
 from headrace.serving.domain.artifact import Precision
 from headrace.serving.errors import InvalidRequest
 
+REQUESTS_MAX = 100_000
+"""Of a trace: five times the longest we know."""
 PEERS = ("openvino", "llama-cpp", "vllm-cpu", "onnxruntime-genai")
 
 
@@ -29,6 +31,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     _add_frontend(kinds)
     _add_meter(kinds)
     _add_admission(kinds)
+    _add_tiers(kinds)
     _add_peers(kinds)
 
 
@@ -86,6 +89,21 @@ def _add_admission(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]")
     )
     _add_common(admission)
     admission.set_defaults(run=_admission)
+
+
+def _add_tiers(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    tiers = kinds.add_parser(
+        "tiers",
+        help="the scheduler against FCFS and strict priority, in virtual time",
+        description="Plays the public conversation trace at a multiple of the capacity through the "
+        "real scheduler. About half a minute.",
+    )
+    tiers.add_argument("--requests", type=int, default=4000, help="of the trace (4000)")
+    tiers.add_argument("--load", type=float, default=1.5, help="offered over capacity (1.5)")
+    tiers.add_argument("--seed", type=int, default=1, help="of tiers and tenants (1)")
+    tiers.add_argument("--traces", type=Path, help="folder of the traces (found if not given)")
+    _add_common(tiers)
+    tiers.set_defaults(run=_tiers)
 
 
 def _add_peers(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -157,6 +175,26 @@ def _admission(args: argparse.Namespace) -> int:
 
     home = Config.load(args.home).home
     return _show(admission.run(home, _tell), home, args)
+
+
+def _tiers(args: argparse.Namespace) -> int:
+    from headrace.deploy.bench import tiers
+
+    home = Config.load(args.home).home
+    if not 0.1 <= args.load <= 10:
+        raise InvalidRequest(
+            f"--load is {args.load:g}.",
+            why="It is what is offered over the capacity, from 0.1 to 10.",
+            fix="Write it like --load 1.5.",
+            field="load",
+        )
+    options = tiers.Options(
+        requests=_numbers(str(args.requests), "--requests", most=REQUESTS_MAX)[0],
+        load=args.load,
+        seed=args.seed,
+        traces=args.traces,
+    )
+    return _show(tiers.run(options, _tell), home, args)
 
 
 def _list_peers(args: argparse.Namespace) -> int:

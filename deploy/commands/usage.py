@@ -163,7 +163,7 @@ def _show(records: Sequence[UsageRecord], totals: Sequence[Totals]) -> None:
     columns = ["time (UTC)", "request", "tenant", "model", *_NUMBERS[:3], "outcome", "charge"]
     rows = [
         [
-            _moment(record.accepted_unix_ms),
+            moment(record.accepted_unix_ms),
             record.request_id,
             record.tenant_id,
             record.model,
@@ -198,5 +198,6 @@ def _footer(totals: Totals, *, shown: int) -> Sequence[str]:
     ]
 
 
-def _moment(unix_ms: int) -> str:
+def moment(unix_ms: int) -> str:
+    """For tables, in UTC."""
     return datetime.fromtimestamp(unix_ms / 1000, UTC).strftime("%Y-%m-%d %H:%M:%S")

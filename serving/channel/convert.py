@@ -16,12 +16,26 @@ from headrace.serving.domain.request import (
     SequenceSpec,
     TokenLogprob,
 )
+from headrace.serving.domain.tier import Promise, Tier
 from headrace.serving.errors import EngineFault, InvalidRequest, ServingError
-from headrace.serving.router.endpoint import ReplicaFacts, ReplicaLoad
+from headrace.serving.router.endpoint import ReplicaFacts, ReplicaLoad, TierLoad
 from headrace.v1 import directory_pb2, step_pb2
 
 DEADLINE_MS_MAX = 2**32 - 1
 """49 days: the wire's field is 32 bits wide; a later deadline is as good as none."""
+
+
+class QueueReport(Protocol):
+    """One tier's part of it: one attribute for each field of `TierLoad`."""
+
+    @property
+    def waiting(self) -> int: ...
+    @property
+    def pending_tokens(self) -> int: ...
+    @property
+    def ahead_tokens(self) -> int: ...
+    @property
+    def tokens_per_s(self) -> float: ...
 
 
 class LoadReport(Protocol):
@@ -55,6 +69,12 @@ class LoadReport(Protocol):
     def recomputed_tokens_total(self) -> int: ...
     @property
     def overhead_share(self) -> float: ...
+    @property
+    def cache_write_tokens_total(self) -> int: ...
+    @property
+    def prompt_tokens_per_s(self) -> float: ...
+    @property
+    def tiers(self) -> Mapping[Tier, QueueReport]: ...
 
 
 def submit_to_wire(spec: SequenceSpec, *, sequence: int, now_ms: float) -> step_pb2.Submit:
@@ -67,9 +87,22 @@ def submit_to_wire(spec: SequenceSpec, *, sequence: int, now_ms: float) -> step_
         sampling=sampling_to_wire(spec.sampling),
     )
     if spec.deadline_ms is not None:
-        left_ms = max(1, int(spec.deadline_ms - now_ms))
-        message.deadline_in_ms = left_ms if left_ms <= DEADLINE_MS_MAX else 0
+        message.deadline_in_ms = _left_ms(spec.deadline_ms, now_ms)
+    promise = spec.promise
+    message.tier = promise.tier.value
+    message.tenant = promise.tenant
+    message.tenant_weight = promise.weight
+    if promise.due_ms is not None:
+        message.ttft_in_ms = _left_ms(promise.due_ms, now_ms)
+    if promise.itl_ms_max is not None:
+        message.itl_ms_max = promise.itl_ms_max
     return message
+
+
+def _left_ms(until_ms: float, now_ms: float) -> int:
+    """At least 1, since 0 is none: what is late already is due at once."""
+    left_ms = max(1, int(until_ms - now_ms))
+    return left_ms if left_ms <= DEADLINE_MS_MAX else 0
 
 
 def spec_from_wire(message: step_pb2.Submit, *, now_ms: float) -> SequenceSpec:
@@ -90,7 +123,18 @@ def spec_from_wire(message: step_pb2.Submit, *, now_ms: float) -> SequenceSpec:
         sampling=sampling_from_wire(message.sampling),
         cache_salt=message.cache_salt,
         deadline_ms=now_ms + message.deadline_in_ms if message.deadline_in_ms else None,
+        promise=Promise(
+            # A tier of a later release is served, and promised nothing that we do not know.
+            tier=_TIERS.get(message.tier, Tier.STANDARD),
+            tenant=message.tenant,
+            weight=message.tenant_weight or 1,
+            due_ms=now_ms + message.ttft_in_ms if message.ttft_in_ms else None,
+            itl_ms_max=message.itl_ms_max or None,
+        ),
     )
+
+
+_TIERS: Mapping[str, Tier] = MappingProxyType({tier.value: tier for tier in Tier})
 
 
 def sampling_to_wire(sampling: Sampling) -> step_pb2.StepSampling:
@@ -145,6 +189,8 @@ def add_delta(
     message = step.deltas.add(sequence=sequence, token_ids=delta.token_ids, text=delta.text)
     if delta.cached_tokens:
         message.cached_tokens = delta.cached_tokens
+    if delta.cache_write_tokens:
+        message.cache_write_tokens = delta.cache_write_tokens
     if queue_wait_ms is not None:
         message.queue_wait_ms = queue_wait_ms
     if delta.finish is not None:
@@ -173,6 +219,7 @@ def delta_from_wire(message: step_pb2.SequenceDelta) -> Delta:
         text=message.text,
         logprobs=tuple(map(_logprob_from_wire, message.logprobs)) if message.logprobs else (),
         cached_tokens=message.cached_tokens,
+        cache_write_tokens=message.cache_write_tokens,
         # A word of a later release ends the sequence all the same.
         finish=_FINISH.get(finish, FinishReason.ERROR) if finish else None,
         error=error_from_wire(message.error) if message.HasField("error") else None,
@@ -228,6 +275,18 @@ def load_to_wire(load: LoadReport, *, is_draining: bool) -> step_pb2.Load:
         completion_tokens_total=load.completion_tokens_total,
         recomputed_tokens_total=load.recomputed_tokens_total,
         overhead_share=load.overhead_share,
+        cache_write_tokens_total=load.cache_write_tokens_total,
+        prompt_tokens_per_s=load.prompt_tokens_per_s,
+        tiers=[
+            step_pb2.TierLoad(
+                tier=tier.value,
+                waiting=queue.waiting,
+                pending_tokens=queue.pending_tokens,
+                ahead_tokens=queue.ahead_tokens,
+                tokens_per_s=queue.tokens_per_s,
+            )
+            for tier, queue in load.tiers.items()
+        ],
     )
 
 
@@ -238,6 +297,19 @@ def load_from_wire(message: step_pb2.Load) -> ReplicaLoad:
         pending_tokens=message.pending_tokens,
         rows_max=message.rows_max,
         draining=message.draining,
+        prompt_tokens_per_s=message.prompt_tokens_per_s,
+        tiers={
+            tier: TierLoad(
+                waiting=each.waiting,
+                pending_tokens=each.pending_tokens,
+                ahead_tokens=each.ahead_tokens,
+                tokens_per_s=each.tokens_per_s,
+            )
+            for each in message.tiers
+            if (tier := _TIERS.get(each.tier)) is not None
+        }
+        if message.tiers
+        else {},
     )
 
 

@@ -16,6 +16,7 @@ from headrace.serving.observe import Metrics
 from headrace.serving.ports import Placement
 from headrace.serving.router.endpoint import Endpoint, ReplicaFacts, prefix_chain
 from headrace.serving.router.picker import Ask, Picked, pick, refusal
+from headrace.serving.router.prediction import refuse_hopeless
 
 REPLICAS_MAX = 1024
 """Channels one frontend keeps; the directory's own bound is the same."""
@@ -152,6 +153,7 @@ class ReplicaFleet:
             chain=chain,
             version=request.version,
             without=without,
+            tier=request.terms.tier_served,
         )
         # An answer that was under way is worth waiting for the lost replica's successor.
         wait_s = self._failover_wait_s if without else self._wait_s
@@ -163,6 +165,8 @@ class ReplicaFleet:
             picked = pick(self.endpoints, ask, now_ms=now_ms)
             if isinstance(picked, Picked):
                 endpoint = picked.endpoint
+                if not without:
+                    refuse_hopeless(endpoint, ask, request.terms)
                 endpoint.sent(chain, sequences=request.n, prompt_tokens=len(request.prompt_ids))
                 client = self._members[endpoint.facts.replica_id].client
                 return Placement(client, picked.why)

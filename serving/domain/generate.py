@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from headrace.serving.domain.record import Caller
 from headrace.serving.domain.request import Delta, Sampling
+from headrace.serving.domain.tier import PLAIN, Receipt, Terms
 from headrace.serving.domain.usage import Price, Usage
 
 
@@ -24,6 +25,8 @@ class Generate:
     """Independent answers; answer i samples with seed + i."""
     price: Price
     """Frozen when the request was accepted."""
+    terms: Terms = PLAIN
+    """What its tier promises."""
     cache_salt: bytes = field(default=b"", repr=False)
     """Prefixes are shared between requests of one salt only."""
     reasoning_token_ids: tuple[int, int] | None = None
@@ -54,3 +57,4 @@ class Settled:
     version: str
     """Content hash of the artifact that delivered the last token."""
     replicas_tried: int
+    receipt: Receipt | None = None

@@ -86,6 +86,8 @@ class Refused:
     refused_unix_ms: int
     project_id: str = DEFAULT_PROJECT
     tier: Tier = Tier.STANDARD
+    receipt: Receipt | None = None
+    """Says whether it was our doing, which the outcome does not."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

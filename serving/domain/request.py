@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from headrace.serving.domain.tier import NOTHING_PROMISED, Promise
+
 
 class FinishReason(StrEnum):
     """How a sequence ended."""
@@ -67,6 +69,8 @@ class SequenceSpec:
     cache_salt: bytes = b""
     deadline_ms: float | None = None
     """On the loop's monotonic clock; past it the work is worthless."""
+    promise: Promise = NOTHING_PROMISED
+    """Its tier and tenant, and what is due when on the loop's clock."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +93,8 @@ class Delta:
     logprobs: Sequence[TokenLogprob] = ()
     cached_tokens: int = 0
     """On the first delta: prompt tokens whose KV was already resident."""
+    cache_write_tokens: int = 0
+    """On the first delta: prompt tokens computed for it whose KV stays resident."""
     finish: FinishReason | None = None
     error: Exception | None = None
     """With FinishReason.ERROR: the ServingError to report."""

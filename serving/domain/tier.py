@@ -43,8 +43,46 @@ class Objective:
     ttft_ppm: int = 950_000
     """Share of requests that must meet ttft_ms_max, in millionths."""
     itl_ppm: int = 990_000
+    deadline_ppm: int = 990_000
     availability_ppm: int = 999_000
     """Share of one-minute intervals in which requests were answered, in millionths."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Promise:
+    """What a scheduler needs to know of a sequence's tier to keep its objective."""
+
+    tier: Tier = Tier.STANDARD
+    """The one that serves it."""
+    tenant: int = 0
+    """Whose work it is, for fairness inside a tier: opaque, equal for one tenant."""
+    weight: int = 1
+    """The tenant's share beside others of its tier."""
+    due_ms: float | None = None
+    """When the first token is due, on the monotonic clock of whoever holds this; None: nothing
+    was promised."""
+    itl_ms_max: int | None = None
+    """Longest gap between two tokens; None: nothing was promised."""
+
+
+NOTHING_PROMISED = Promise()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Terms:
+    """What a request is promised, decided when it is accepted."""
+
+    tier_asked: Tier = Tier.STANDARD
+    tier_served: Tier = Tier.STANDARD
+    objective: Objective = Objective()
+    """Of the tier that serves."""
+    tenant: int = 0
+    weight: int = 1
+    """As in Promise."""
+
+
+PLAIN = Terms()
+"""Standard, with nothing promised."""
 
 
 class Verdict(StrEnum):

@@ -47,6 +47,10 @@ class BlockPool:
             taken.append(block)
         return taken
 
+    def num_alone(self, blocks: Iterable[int]) -> int:
+        """How many of these held blocks have no other holder: what releasing them would free."""
+        return sum(self._holders[block] == 1 for block in blocks)
+
     def share(self, blocks: Iterable[int]) -> None:
         """Add a holder to each block; kept ones are held again."""
         for block in blocks:
@@ -69,13 +73,18 @@ class BlockPool:
                 else:
                     self._kept[block] = None
 
-    def label(self, block: int, digest: bytes) -> None:
-        """Say what a held, completely written block contains. The first block of a label stays."""
+    def label(self, block: int, digest: bytes) -> bool:
+        """Say what a held, completely written block contains. The first block of a label stays.
+
+        Returns whether it is that one: it can be found until it is taken again.
+        """
         assert self._holders[block] > 0, f"block {block} is labelled without a holder"
         assert self._label_of[block] is None, f"block {block} is labelled twice"
         if digest not in self._labelled:
             self._labelled[digest] = block
             self._label_of[block] = digest
+            return True
+        return False
 
     def find(self, digest: bytes) -> int | None:
         """The held or kept block with this content."""

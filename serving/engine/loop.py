@@ -17,7 +17,13 @@ from headrace.serving.clock import Clock
 from headrace.serving.domain.artifact import Manifest
 from headrace.serving.domain.request import Delta, FinishReason, SequenceSpec, TokenLogprob
 from headrace.serving.engine.base import Engine, Row
-from headrace.serving.engine.loop_report import LoadSnapshot, LoopTimes, StepReport, TokenSampler
+from headrace.serving.engine.loop_report import (
+    LoadSnapshot,
+    LoopTimes,
+    StepReport,
+    TokenSampler,
+    tier_loads,
+)
 from headrace.serving.engine.sampler import NO_TOKEN, Sampled
 from headrace.serving.engine.scheduler import Plan, Scheduler
 from headrace.serving.engine.sequence import Sequence
@@ -91,6 +97,7 @@ class EngineLoop:
         self._step_tokens = 0
         self._prompt_tokens = 0
         self._cached_tokens = 0
+        self._cache_write_tokens = 0
         self._completion_tokens = 0
 
     @property
@@ -153,9 +160,12 @@ class EngineLoop:
             rows_max=self._limits.rows_max,
             prompt_tokens_total=self._prompt_tokens,
             cached_tokens_total=self._cached_tokens,
+            cache_write_tokens_total=self._cache_write_tokens,
             completion_tokens_total=self._completion_tokens,
             recomputed_tokens_total=scheduler.recomputed_tokens,
             overhead_share=self.times.recent_overhead_share,
+            prompt_tokens_per_s=scheduler.prompt_tokens_per_s,
+            tiers=tier_loads(scheduler.queues),
         )
 
     def turn(self) -> bool:
@@ -181,7 +191,7 @@ class EngineLoop:
         began_ms = self._clock.monotonic_ms()
         report = self._report = StepReport(self.times.steps, [])
         self._take_inbox(report, began_ms)
-        plan = self._scheduler.plan()
+        plan = self._scheduler.plan(began_ms)
         if plan.grants:
             self._step(plan, report, began_ms)
         elif not report.deltas:
@@ -191,6 +201,7 @@ class EngineLoop:
         self._sink(report)
         if plan.grants:
             self._step_ms = self._clock.monotonic_ms() - began_ms
+            self._scheduler.observe(plan, self._step_ms)
             self.times.add_wall(self._step_ms)
         return True
 
@@ -202,7 +213,7 @@ class EngineLoop:
             if sequence.is_ended:
                 continue
             sequence.is_scheduled = True
-            self._scheduler.add(sequence)
+            self._scheduler.add(sequence, now_ms)
         for sequence, finish, error in inbox.ended:
             if not sequence.is_ended:
                 self._end(sequence, report, finish, error)
@@ -261,15 +272,17 @@ class EngineLoop:
             self._end(sequence, report, FinishReason.ERROR, error)
             return
         self._completion_tokens += 1
-        cached_tokens = 0
+        cached_tokens = cache_write_tokens = 0
         queue_wait_ms = None
         if not sequence.was_reported:
             sequence.was_reported = True
             queue_wait_ms = sequence.queue_wait_ms
             cached_tokens = min(sequence.num_resident or 0, sequence.num_prompt)
             if not sequence.is_resumed:
+                cache_write_tokens = sequence.num_written
                 self._prompt_tokens += sequence.num_prompt
                 self._cached_tokens += cached_tokens
+                self._cache_write_tokens += cache_write_tokens
         logprobs = ()
         if choice.logprob is not None:
             logprobs = (TokenLogprob(token_id, choice.logprob, choice.top),)
@@ -278,6 +291,7 @@ class EngineLoop:
             text=text,
             logprobs=logprobs,
             cached_tokens=cached_tokens,
+            cache_write_tokens=cache_write_tokens,
             finish=finish,
         )
         report.deltas.append((sequence.key, delta, queue_wait_ms))

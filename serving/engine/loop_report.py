@@ -1,12 +1,14 @@
 """What an engine loop tells the outside, and what it asks of a sampler."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from headrace.serving.domain.request import Delta
+from headrace.serving.domain.tier import Tier
 from headrace.serving.engine.base import Logits
 from headrace.serving.engine.sampler import Sampled, SampleRequest
+from headrace.serving.engine.tier_queue import TierQueue
 
 _RECENT_SHARE = 0.98
 """Weight that a step keeps in the next one's recent overhead: a memory of about 50 steps."""
@@ -18,6 +20,19 @@ class TokenSampler(Protocol):
     def sample(self, logits: Logits, requests: Sequence[SampleRequest]) -> Sequence[Sampled]: ...
 
     def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QueueSnapshot:
+    """What waits in one tier; field by field the message `TierLoad` of step.proto."""
+
+    waiting: int
+    pending_tokens: int
+    """Of all that wait."""
+    ahead_tokens: int
+    """Of those that a newcomer of the tier waits for."""
+    tokens_per_s: float
+    """Prompt tokens admitted lately while something of the tier waited."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,11 +53,30 @@ class LoadSnapshot:
     prompt_tokens_total: int = 0
     """Of sequences whose first token was delivered; a resumed one was counted where it began."""
     cached_tokens_total: int = 0
+    cache_write_tokens_total: int = 0
     completion_tokens_total: int = 0
     """Tokens in deltas: exactly what was handed to the sink."""
     recomputed_tokens_total: int = 0
     overhead_share: float = 0.0
     """Over the last 50 steps or so: 1 - time in `engine.step` / wall time."""
+    prompt_tokens_per_s: float = 0.0
+    """Prompt tokens that can be computed beside what runs."""
+    tiers: Mapping[Tier, QueueSnapshot] = field(default_factory=dict[Tier, QueueSnapshot])
+    """Tiers in which something waits."""
+
+
+def tier_loads(queues: Sequence[TierQueue[Any]]) -> Mapping[Tier, QueueSnapshot]:
+    """What waits, by tier; from the queues by rank."""
+    return {
+        tier: QueueSnapshot(
+            waiting=len(queue),
+            pending_tokens=queue.pending_tokens,
+            ahead_tokens=queue.tokens_ahead,
+            tokens_per_s=queue.tokens_per_s,
+        )
+        for tier, queue in zip(Tier, queues, strict=True)
+        if len(queue)
+    }
 
 
 @dataclass(slots=True)

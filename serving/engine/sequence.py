@@ -3,9 +3,10 @@
 from collections.abc import Collection, Hashable
 
 from headrace.serving.domain.request import FinishReason, SequenceSpec
+from headrace.serving.domain.tier import Tier
+from headrace.serving.engine.job import Job
 from headrace.serving.engine.prefix_cache import PrefixChain
 from headrace.serving.engine.sampler import SampleRequest, SamplingState
-from headrace.serving.engine.scheduler import Job
 from headrace.serving.engine.structured import Constraint
 from headrace.serving.tokenizer import Tokenizer
 
@@ -64,11 +65,16 @@ class Sequence(Job):
         sampling = spec.sampling
         prompt_ids = list(spec.prompt_ids)
         is_resumed = bool(spec.resume_ids)
+        is_reserved = spec.promise.tier is Tier.RESERVED
         super().__init__(
             key,
             prompt_ids + list(spec.resume_ids),
             PrefixChain(spec.cache_salt, block_tokens),
             computed_once=len(prompt_ids) + len(spec.resume_ids) if is_resumed else 0,
+            promise=spec.promise,
+            tokens_held=min(len(prompt_ids) + sampling.max_tokens, tokens_max)
+            if is_reserved
+            else 0,
         )
         self.spec = spec
         self.arrived_ms = arrived_ms

@@ -16,6 +16,7 @@ from math import inf
 from headrace.serving.clock import Clock
 from headrace.serving.domain.artifact import Manifest
 from headrace.serving.domain.request import FinishReason, Grammar, SequenceSpec
+from headrace.serving.domain.tier import Tier
 from headrace.serving.engine.base import Limits
 from headrace.serving.engine.sequence import Sequence
 from headrace.serving.engine.structured import GrammarCompiler
@@ -66,7 +67,7 @@ class SequenceIntake:
             limits: the engine's.
             clock: the loop's.
             tokens_max: the longest sequence that fits an idle engine.
-            live_max: sequences between submission and their last delta.
+            live_max: sequences between submission and their last delta; for the standard tier.
         """
         self._tokenizer = tokenizer
         self._eos_token_ids = manifest.eos_token_ids
@@ -99,7 +100,7 @@ class SequenceIntake:
 
     def submit(self, key: Hashable, spec: SequenceSpec) -> None:
         """Queue a sequence; see EngineLoop.submit."""
-        self._refuse_when_full()
+        self._refuse_when_full(spec)
         self._check(spec)
         sequence = Sequence(
             key,
@@ -114,7 +115,7 @@ class SequenceIntake:
         finish = sequence.replay() if grammar is None else None
         with self._changed:
             # Others may have come in between; this answer is the one that counts.
-            self._refuse_when_full()
+            self._refuse_when_full(spec)
             assert key not in self._live, "a live sequence has this key"
             self._live[key] = sequence
             if spec.deadline_ms is not None:
@@ -220,7 +221,19 @@ class SequenceIntake:
         else:
             self._inbox.ended.append((sequence, finish, error))
 
-    def _refuse_when_full(self) -> None:
+    def _live_max_for(self, tier: Tier) -> int:
+        """Live sequences up to which one of `tier` is taken.
+
+        Weak tiers leave half of the waiting places to others, and the strong ones have a quarter
+        more: nobody's flood keeps them out.
+        """
+        waiting_max = self._live_max - self._limits.rows_max
+        if tier.may_be_relegated:
+            return self._live_max - waiting_max // 2
+        is_strong = tier.rank < Tier.STANDARD.rank
+        return self._live_max + (waiting_max // 4 if is_strong else 0)
+
+    def _refuse_when_full(self, spec: SequenceSpec) -> None:
         if (error := self._closed_by) is not None:
             # A fresh one each time: an exception that is raised again keeps every traceback.
             raise type(error)(error.what, why=error.why, fix=error.fix)
@@ -230,10 +243,11 @@ class SequenceIntake:
                 why="It is draining: it will stop when the running ones have ended.",
                 fix="Send it to another replica.",
             )
-        if len(self._live) >= self._live_max:
+        tier = spec.promise.tier
+        if len(self._live) >= (live_max := self._live_max_for(tier)):
             raise Overloaded(
                 f"The replica has {len(self._live)} sequences.",
-                why=f"It takes {self._live_max}, so that no one waits without end.",
+                why=f"Up to {live_max} it takes a {tier} one, so that no one waits without end.",
                 fix="Retry later or on another replica; add replicas if it persists.",
                 retry_after_ms=RETRY_AFTER_MS,
             )

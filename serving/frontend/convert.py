@@ -20,6 +20,7 @@ from headrace.serving.domain.request import (
     Sampling,
     TokenLogprob,
 )
+from headrace.serving.domain.tier import PLAIN, Receipt, Terms, Tier
 from headrace.serving.domain.usage import Price, Usage
 from headrace.serving.frontend.rules import answer_tokens, check_prompt_tokens, check_token_ids
 from headrace.serving.tokenizer import Tokenizer
@@ -79,6 +80,7 @@ class Acceptance:
     accepted_unix_ms: int
     accepted_ms: float
     deadline_ms: float | None
+    terms: Terms = PLAIN
 
 
 def generate_from_wire(
@@ -118,12 +120,28 @@ def generate_from_wire(
         sampling=_sampling_from_wire(message, model.manifest, max_tokens),
         n=message.n or 1,
         price=acceptance.price,
+        terms=acceptance.terms,
         cache_salt=acceptance.cache_salt,
         reasoning_token_ids=model.manifest.reasoning_token_ids,
         accepted_unix_ms=acceptance.accepted_unix_ms,
         accepted_ms=acceptance.accepted_ms,
         deadline_ms=acceptance.deadline_ms,
     )
+
+
+def tier_from_wire(tier: int, caller: Caller) -> Tier:
+    """The tier that a request asks for: its own word, else its key's, else standard."""
+    return _TIERS.get(tier) or caller.tier_default
+
+
+_WIRE_TIERS: Mapping[Tier, usage_pb2.Tier] = {
+    Tier.RESERVED: usage_pb2.TIER_RESERVED,
+    Tier.PRIORITY: usage_pb2.TIER_PRIORITY,
+    Tier.STANDARD: usage_pb2.TIER_STANDARD,
+    Tier.FLEX: usage_pb2.TIER_FLEX,
+    Tier.BATCH: usage_pb2.TIER_BATCH,
+}
+_TIERS: Mapping[int, Tier] = {wire: tier for tier, wire in _WIRE_TIERS.items()}
 
 
 def _sampling_from_wire(
@@ -195,6 +213,7 @@ class ChunkWriter:
         wire.cached_tokens = usage.cached_tokens
         wire.completion_tokens = usage.completion_tokens
         wire.reasoning_tokens = usage.reasoning_tokens
+        wire.cache_write_tokens = usage.cache_write_tokens
         return message
 
     def done(self, settled: Settled) -> pb.GenerateChunk:
@@ -203,7 +222,10 @@ class ChunkWriter:
             request_id=self._message.request_id,
             usage=usage,
             done=pb.Done(
-                usage=usage, charge=charge_to_wire(settled), model_version=settled.version
+                usage=usage,
+                charge=charge_to_wire(settled),
+                model_version=settled.version,
+                receipt=receipt_to_wire(settled.receipt),
             ),
         )
 
@@ -229,6 +251,21 @@ def response_to_wire(
         usage=usage_to_wire(settled.usage),
         charge=charge_to_wire(settled),
         model_version=settled.version,
+        receipt=receipt_to_wire(settled.receipt),
+    )
+
+
+def receipt_to_wire(receipt: Receipt | None) -> usage_pb2.Receipt | None:
+    if receipt is None:
+        return None
+    return usage_pb2.Receipt(
+        tier_asked=_WIRE_TIERS[receipt.tier_asked],
+        tier_served=_WIRE_TIERS[receipt.tier_served],
+        ttft_us=receipt.ttft_us or 0,
+        itl_p50_us=receipt.itl_p50_us or 0,
+        itl_p99_us=receipt.itl_p99_us or 0,
+        verdict=receipt.verdict.value,
+        missed=receipt.missed,
     )
 
 
@@ -238,6 +275,7 @@ def usage_to_wire(usage: Usage) -> usage_pb2.Usage:
         cached_tokens=usage.cached_tokens,
         completion_tokens=usage.completion_tokens,
         reasoning_tokens=usage.reasoning_tokens,
+        cache_write_tokens=usage.cache_write_tokens,
     )
 
 

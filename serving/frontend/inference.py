@@ -10,20 +10,31 @@ import grpc.aio
 
 from headrace.serving import log
 from headrace.serving.admission.authenticate import Authenticator
-from headrace.serving.admission.permit import check_model
+from headrace.serving.admission.permit import check_model, check_tier
+from headrace.serving.admission.tiers import TierDesk
 from headrace.serving.channel.fleet import ReplicaFleet
 from headrace.serving.clock import Clock
 from headrace.serving.domain import generate
 from headrace.serving.domain.record import Caller
+from headrace.serving.domain.tier import Tier
 from headrace.serving.domain.usage import Outcome, Price
+from headrace.serving.domain.verdict import Measured
+from headrace.serving.endings import Refusal, outcome_of
 from headrace.serving.engine import structured
-from headrace.serving.errors import DeadlineExceeded, Draining, Overloaded, ServingError
+from headrace.serving.errors import (
+    DeadlineExceeded,
+    Draining,
+    Overloaded,
+    ServingError,
+    UnknownUnit,
+)
 from headrace.serving.frontend import convert, rules
 from headrace.serving.frontend.convert import Acceptance, ChunkWriter
 from headrace.serving.frontend.interceptors import caller
 from headrace.serving.frontend.model_shelf import ModelShelf
 from headrace.serving.observe import Metrics
-from headrace.serving.pipeline import Pipeline, Refusal, outcome_of
+from headrace.serving.pipeline import Pipeline
+from headrace.serving.receipts import receipt_of
 from headrace.serving.request_run import is_late
 from headrace.serving.tracing import Span, SpanStart, Tracer
 from headrace.v1 import inference_pb2 as pb
@@ -91,7 +102,8 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         fleet: ReplicaFleet,
         shelf: ModelShelf,
         authenticator: Authenticator,
-        price_for: Callable[[str], Price],
+        price_for: Callable[[str, Tier], Price],
+        tiers: TierDesk,
         executor: Executor,
         gate: Gate,
         metrics: Metrics,
@@ -103,6 +115,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         self._shelf = shelf
         self._authenticator = authenticator
         self._price_for = price_for
+        self._tiers = tiers
         self._executor = executor
         self._gate = gate
         self._metrics = metrics
@@ -157,7 +170,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
     ) -> pb.ListModelsResponse:
         scope = caller().scope
         models = [
-            convert.model_to_wire(served, self._price_for(served.name))
+            convert.model_to_wire(served, self._price_for(served.name, Tier.STANDARD))
             for served in self._fleet.models()
             if scope.allows_model(served.name)
         ]
@@ -170,7 +183,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         check_model(caller(), request.model)
         deadline_ms = self._deadline_ms(context, self._clock.monotonic_ms())
         served = await self._fleet.find(request.model, deadline_ms=deadline_ms)
-        return convert.model_to_wire(served, self._price_for(served.name))
+        return convert.model_to_wire(served, self._price_for(served.name, Tier.STANDARD))
 
     async def _accept(
         self, message: pb.GenerateRequest, context: grpc.aio.ServicerContext
@@ -179,7 +192,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
 
         A request that ends here leaves a record all the same: it had a tenant.
         """
-        by = caller()
+        by, came_ms = caller(), self._clock.monotonic_ms()
         try:
             self._gate.enter()
             try:
@@ -190,12 +203,21 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         except (ServingError, asyncio.CancelledError) as error:
             is_cancelled = isinstance(error, asyncio.CancelledError)
             valid_id = rules.valid_request_id(message.request_id)
+            ending = _ending_of_leaver(context) if is_cancelled else outcome_of(error)
+            model, tier = message.model, convert.tier_from_wire(message.tier, by)
             refusal = Refusal(
                 caller=by,
                 request_id=message.request_id if valid_id else "",
-                model=message.model[: rules.MODEL_CHARS_MAX],
-                price=self._price_for(message.model),
-                ending=_ending_of_leaver(context) if is_cancelled else outcome_of(error),
+                model=model[: rules.MODEL_CHARS_MAX],
+                price=self._shown_price(model, tier),
+                ending=ending,
+                tier=tier,
+                receipt=receipt_of(
+                    self._tiers.terms(by.tenant_id, model=model, tier=tier),
+                    Measured(elapsed_us=round((self._clock.monotonic_ms() - came_ms) * 1000)),
+                    ending,
+                    None if isinstance(error, asyncio.CancelledError) else error,
+                ),
             )
             if not is_cancelled:
                 log.request_refused(
@@ -206,22 +228,33 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             await self._pipeline.refuse(refusal)
             raise
 
+    def _shown_price(self, model: str, tier: Tier) -> Price:
+        """For the record of a refusal, which charges nothing: no rates where the book has none."""
+        try:
+            return self._price_for(model, tier)
+        except UnknownUnit:
+            return Price(version="", rates={})
+
     async def _prepare(
         self, message: pb.GenerateRequest, by: Caller, context: grpc.aio.ServicerContext
     ) -> generate.Generate:
-        now_ms = self._clock.monotonic_ms()
+        now_ms, now_unix_ms = self._clock.monotonic_ms(), self._clock.unix_ms()
+        deadline_ms = self._deadline_ms(context, now_ms)
+        rules.check_request(message)
+        check_model(by, message.model)
+        tier = convert.tier_from_wire(message.tier, by)
+        check_tier(by, tier)
+        served = await self._fleet.find(message.model, deadline_ms=deadline_ms)
         acceptance = Acceptance(
             caller=by,
             request_id=message.request_id or uuid.uuid4().hex,
-            price=self._price_for(message.model),
+            price=self._price_for(message.model, tier),
+            terms=self._tiers.terms(by.tenant_id, model=message.model, tier=tier),
             cache_salt=self._authenticator.cache_salt(by.tenant_id),
-            accepted_unix_ms=self._clock.unix_ms(),
+            accepted_unix_ms=now_unix_ms,
             accepted_ms=now_ms,
-            deadline_ms=self._deadline_ms(context, now_ms),
+            deadline_ms=deadline_ms,
         )
-        rules.check_request(message)
-        check_model(by, message.model)
-        served = await self._fleet.find(message.model, deadline_ms=acceptance.deadline_ms)
         model = await self._shelf.get(served.newest)
         grammar = convert.grammar_of(message)
         if grammar is not None:

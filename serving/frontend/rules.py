@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from headrace.serving.errors import InvalidRequest, InvalidSchema, PromptTooLong
 from headrace.v1 import inference_pb2 as pb
+from headrace.v1 import usage_pb2
 
 ANSWER_TOKENS_DEFAULT = 512
 CHOICES_MAX = 16
@@ -41,6 +42,13 @@ def check_request(message: pb.GenerateRequest) -> None:
             fix="Send a UUID, or leave it empty and the server chooses one.",
         )
     check_model_name(message.model)
+    if message.tier not in usage_pb2.Tier.values():
+        raise refused(
+            "tier",
+            f"tier is {message.tier}.",
+            why="It is one of the Tier values of usage.proto.",
+            fix="Correct it, or leave it unset for the key's own tier.",
+        )
     check_input(message)
     _check_range("n", message.n, 0, CHOICES_MAX)
     _check_range("min_tokens", message.min_tokens, 0, math.inf)

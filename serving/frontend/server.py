@@ -24,6 +24,7 @@ from headrace.serving.admission.accounts import open_accounts
 from headrace.serving.admission.authenticate import Authenticator
 from headrace.serving.admission.key_store import cluster_token
 from headrace.serving.admission.operator_token import OperatorTokens
+from headrace.serving.admission.tiers import TierDesk
 from headrace.serving.channel.directory import DirectoryServer, Watcher
 from headrace.serving.channel.fleet import ReplicaFleet
 from headrace.serving.clock import Clock, SystemClock
@@ -134,8 +135,13 @@ class Frontend:
             expected=[model.name for model in config.models if model.replicas],
             on_change=self._fleet_changed,
         )
+        tiers = TierDesk(config.tiers, price_for=books.price)
         self.pipeline = Pipeline(
-            fleet=self.fleet, meter=books.meter, metrics=self.metrics, clock=self._clock
+            fleet=self.fleet,
+            meter=books.meter,
+            metrics=self.metrics,
+            clock=self._clock,
+            tiers=tiers,
         )
         stack.push_async_callback(self.pipeline.wait_settled)
         stack.push_async_callback(self.fleet.close)
@@ -148,6 +154,7 @@ class Frontend:
             shelf=self._shelf,
             authenticator=authenticator,
             price_for=books.price,
+            tiers=tiers,
             executor=self._executor,
             gate=self.gate,
             metrics=self.metrics,

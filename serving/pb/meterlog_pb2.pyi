@@ -160,7 +160,7 @@ class Expire(_message.Message):
     def __init__(self, reserve: _Optional[int] = ..., tenant_id: _Optional[str] = ..., request_id: _Optional[str] = ..., settled_unix_ms: _Optional[int] = ...) -> None: ...
 
 class Refuse(_message.Message):
-    __slots__ = ("tenant_id", "project_id", "key_id", "request_id", "model", "tier", "outcome", "currency", "price_version")
+    __slots__ = ("tenant_id", "project_id", "key_id", "request_id", "model", "tier", "outcome", "currency", "price_version", "receipt")
     TENANT_ID_FIELD_NUMBER: _ClassVar[int]
     PROJECT_ID_FIELD_NUMBER: _ClassVar[int]
     KEY_ID_FIELD_NUMBER: _ClassVar[int]
@@ -170,6 +170,7 @@ class Refuse(_message.Message):
     OUTCOME_FIELD_NUMBER: _ClassVar[int]
     CURRENCY_FIELD_NUMBER: _ClassVar[int]
     PRICE_VERSION_FIELD_NUMBER: _ClassVar[int]
+    RECEIPT_FIELD_NUMBER: _ClassVar[int]
     tenant_id: str
     project_id: str
     key_id: str
@@ -179,7 +180,8 @@ class Refuse(_message.Message):
     outcome: str
     currency: str
     price_version: str
-    def __init__(self, tenant_id: _Optional[str] = ..., project_id: _Optional[str] = ..., key_id: _Optional[str] = ..., request_id: _Optional[str] = ..., model: _Optional[str] = ..., tier: _Optional[str] = ..., outcome: _Optional[str] = ..., currency: _Optional[str] = ..., price_version: _Optional[str] = ...) -> None: ...
+    receipt: _usage_pb2.Receipt
+    def __init__(self, tenant_id: _Optional[str] = ..., project_id: _Optional[str] = ..., key_id: _Optional[str] = ..., request_id: _Optional[str] = ..., model: _Optional[str] = ..., tier: _Optional[str] = ..., outcome: _Optional[str] = ..., currency: _Optional[str] = ..., price_version: _Optional[str] = ..., receipt: _Optional[_Union[_usage_pb2.Receipt, _Mapping]] = ...) -> None: ...
 
 class Adjust(_message.Message):
     __slots__ = ("adjustment_id", "tenant_id", "project_id", "request_id", "amount_femto", "currency", "reason", "actor")

@@ -33,7 +33,7 @@ class Hello(_message.Message):
     def __init__(self, replica_id: _Optional[str] = ..., model: _Optional[str] = ..., version: _Optional[str] = ...) -> None: ...
 
 class Submit(_message.Message):
-    __slots__ = ("sequence", "prompt_ids", "resume_ids", "cache_salt", "sampling", "deadline_in_ms", "tier", "tenant", "ttft_in_ms", "itl_ms_max")
+    __slots__ = ("sequence", "prompt_ids", "resume_ids", "cache_salt", "sampling", "deadline_in_ms", "tier", "tenant", "ttft_in_ms", "itl_ms_max", "tenant_weight")
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     PROMPT_IDS_FIELD_NUMBER: _ClassVar[int]
     RESUME_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -44,6 +44,7 @@ class Submit(_message.Message):
     TENANT_FIELD_NUMBER: _ClassVar[int]
     TTFT_IN_MS_FIELD_NUMBER: _ClassVar[int]
     ITL_MS_MAX_FIELD_NUMBER: _ClassVar[int]
+    TENANT_WEIGHT_FIELD_NUMBER: _ClassVar[int]
     sequence: int
     prompt_ids: _containers.RepeatedScalarFieldContainer[int]
     resume_ids: _containers.RepeatedScalarFieldContainer[int]
@@ -54,7 +55,8 @@ class Submit(_message.Message):
     tenant: int
     ttft_in_ms: int
     itl_ms_max: int
-    def __init__(self, sequence: _Optional[int] = ..., prompt_ids: _Optional[_Iterable[int]] = ..., resume_ids: _Optional[_Iterable[int]] = ..., cache_salt: _Optional[bytes] = ..., sampling: _Optional[_Union[StepSampling, _Mapping]] = ..., deadline_in_ms: _Optional[int] = ..., tier: _Optional[str] = ..., tenant: _Optional[int] = ..., ttft_in_ms: _Optional[int] = ..., itl_ms_max: _Optional[int] = ...) -> None: ...
+    tenant_weight: int
+    def __init__(self, sequence: _Optional[int] = ..., prompt_ids: _Optional[_Iterable[int]] = ..., resume_ids: _Optional[_Iterable[int]] = ..., cache_salt: _Optional[bytes] = ..., sampling: _Optional[_Union[StepSampling, _Mapping]] = ..., deadline_in_ms: _Optional[int] = ..., tier: _Optional[str] = ..., tenant: _Optional[int] = ..., ttft_in_ms: _Optional[int] = ..., itl_ms_max: _Optional[int] = ..., tenant_weight: _Optional[int] = ...) -> None: ...
 
 class StepSampling(_message.Message):
     __slots__ = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias", "seed", "max_tokens", "min_tokens", "stop", "stop_token_ids", "ignore_eos", "logprobs", "json_schema", "regex", "choice")
@@ -160,7 +162,7 @@ class StepError(_message.Message):
     def __init__(self, reason: _Optional[str] = ..., what: _Optional[str] = ..., why: _Optional[str] = ..., fix: _Optional[str] = ...) -> None: ...
 
 class Load(_message.Message):
-    __slots__ = ("running", "waiting", "pending_tokens", "kv_blocks_free", "kv_blocks_total", "step_ms", "draining", "step_rows", "step_tokens", "rows_max", "prompt_tokens_total", "cached_tokens_total", "completion_tokens_total", "recomputed_tokens_total", "overhead_share")
+    __slots__ = ("running", "waiting", "pending_tokens", "kv_blocks_free", "kv_blocks_total", "step_ms", "draining", "step_rows", "step_tokens", "rows_max", "prompt_tokens_total", "cached_tokens_total", "completion_tokens_total", "recomputed_tokens_total", "overhead_share", "cache_write_tokens_total", "prompt_tokens_per_s", "tiers")
     RUNNING_FIELD_NUMBER: _ClassVar[int]
     WAITING_FIELD_NUMBER: _ClassVar[int]
     PENDING_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -176,6 +178,9 @@ class Load(_message.Message):
     COMPLETION_TOKENS_TOTAL_FIELD_NUMBER: _ClassVar[int]
     RECOMPUTED_TOKENS_TOTAL_FIELD_NUMBER: _ClassVar[int]
     OVERHEAD_SHARE_FIELD_NUMBER: _ClassVar[int]
+    CACHE_WRITE_TOKENS_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
+    TIERS_FIELD_NUMBER: _ClassVar[int]
     running: int
     waiting: int
     pending_tokens: int
@@ -191,4 +196,21 @@ class Load(_message.Message):
     completion_tokens_total: int
     recomputed_tokens_total: int
     overhead_share: float
-    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., pending_tokens: _Optional[int] = ..., kv_blocks_free: _Optional[int] = ..., kv_blocks_total: _Optional[int] = ..., step_ms: _Optional[float] = ..., draining: _Optional[bool] = ..., step_rows: _Optional[int] = ..., step_tokens: _Optional[int] = ..., rows_max: _Optional[int] = ..., prompt_tokens_total: _Optional[int] = ..., cached_tokens_total: _Optional[int] = ..., completion_tokens_total: _Optional[int] = ..., recomputed_tokens_total: _Optional[int] = ..., overhead_share: _Optional[float] = ...) -> None: ...
+    cache_write_tokens_total: int
+    prompt_tokens_per_s: float
+    tiers: _containers.RepeatedCompositeFieldContainer[TierLoad]
+    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., pending_tokens: _Optional[int] = ..., kv_blocks_free: _Optional[int] = ..., kv_blocks_total: _Optional[int] = ..., step_ms: _Optional[float] = ..., draining: _Optional[bool] = ..., step_rows: _Optional[int] = ..., step_tokens: _Optional[int] = ..., rows_max: _Optional[int] = ..., prompt_tokens_total: _Optional[int] = ..., cached_tokens_total: _Optional[int] = ..., completion_tokens_total: _Optional[int] = ..., recomputed_tokens_total: _Optional[int] = ..., overhead_share: _Optional[float] = ..., cache_write_tokens_total: _Optional[int] = ..., prompt_tokens_per_s: _Optional[float] = ..., tiers: _Optional[_Iterable[_Union[TierLoad, _Mapping]]] = ...) -> None: ...
+
+class TierLoad(_message.Message):
+    __slots__ = ("tier", "waiting", "pending_tokens", "ahead_tokens", "tokens_per_s")
+    TIER_FIELD_NUMBER: _ClassVar[int]
+    WAITING_FIELD_NUMBER: _ClassVar[int]
+    PENDING_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    AHEAD_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
+    tier: str
+    waiting: int
+    pending_tokens: int
+    ahead_tokens: int
+    tokens_per_s: float
+    def __init__(self, tier: _Optional[str] = ..., waiting: _Optional[int] = ..., pending_tokens: _Optional[int] = ..., ahead_tokens: _Optional[int] = ..., tokens_per_s: _Optional[float] = ...) -> None: ...

@@ -1,8 +1,10 @@
 """What a frontend knows of a replica, and how old that is."""
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+
+from headrace.serving.domain.tier import Tier
 
 PREFIX_BLOCK_TOKENS = 16
 """Granularity of the estimate of what a replica's prefix cache holds."""
@@ -27,6 +29,19 @@ class ReplicaFacts:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TierLoad:
+    """What waits for admission in one tier, and how fast that goes."""
+
+    waiting: int = 0
+    pending_tokens: int = 0
+    """Of all that wait."""
+    ahead_tokens: int = 0
+    """Of those that a newcomer waits for."""
+    tokens_per_s: float = 0.0
+    """Prompt tokens admitted lately while something of the tier waited."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaLoad:
     """What a replica says of itself with each step."""
 
@@ -36,6 +51,10 @@ class ReplicaLoad:
     """Prompt tokens not yet computed, of running and waiting sequences."""
     rows_max: int = 1
     draining: bool = False
+    prompt_tokens_per_s: float = 0.0
+    """Prompt tokens that can be computed beside what runs; 0: not said."""
+    tiers: Mapping[Tier, TierLoad] = field(default_factory=dict[Tier, TierLoad])
+    """Tiers in which something waits."""
 
 
 class PrefixMemory:

@@ -5,6 +5,8 @@ first token. Prefix affinity and load meet in one unit, so no weights need tunin
 
     cost = (prompt - resident prefix) + pending prompt tokens + FULL_BATCH_TOKENS * sequences / rows
 
+What waits in weaker tiers is not pending to a request: it goes first.
+
 A replica with the whole prompt of 400 tokens resident and half its 32 rows busy costs
 0 + 0 + 512 * 16 / 32 = 256, an idle one without the prefix 400: the warm one wins. At 30 busy rows
 it would cost 480 and lose.
@@ -13,6 +15,7 @@ it would cost 480 and lose.
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+from headrace.serving.domain.tier import Tier
 from headrace.serving.router.endpoint import Endpoint
 
 STALE_AFTER_MS = 3_000.0
@@ -34,6 +37,8 @@ class Ask:
     """The preferred artifact; another one serves when no replica has this one. Empty: any."""
     without: Collection[str] = ()
     """Replicas this request has lost already."""
+    tier: Tier = Tier.BATCH
+    """That serves it; the weakest waits for everybody."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,10 +66,12 @@ def cost_tokens(endpoint: Endpoint, ask: Ask) -> tuple[float, int]:
     load = endpoint.load
     resident = min(endpoint.prefixes.matched_tokens(ask.chain), ask.prompt_tokens)
     sequences = load.running + load.waiting + endpoint.sent_sequences
+    weaker = sum(q.pending_tokens for tier, q in load.tiers.items() if tier.rank > ask.tier.rank)
     cost = (
         ask.prompt_tokens
         - resident
         + load.pending_tokens
+        - weaker
         + endpoint.sent_tokens
         + FULL_BATCH_TOKENS * sequences / max(load.rows_max, 1)
     )

@@ -78,4 +78,5 @@ def _nothing_used(refused: Refused) -> Settlement:
         first_token_unix_ms=None,
         settled_unix_ms=refused.refused_unix_ms,
         replicas_tried=0,
+        receipt=refused.receipt,
     )

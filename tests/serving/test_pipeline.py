@@ -10,6 +10,7 @@ import pytest
 from headrace.serving.domain.generate import Chunk, Generate, Settled
 from headrace.serving.domain.record import Caller, Settlement
 from headrace.serving.domain.request import Delta, FinishReason, Sampling, SequenceSpec
+from headrace.serving.domain.tier import Objective, Terms, Tier, Verdict
 from headrace.serving.domain.usage import Outcome, Price, Usage
 from headrace.serving.errors import (
     AlreadyServed,
@@ -19,11 +20,12 @@ from headrace.serving.errors import (
     MeterUnavailable,
     Overloaded,
     ServingError,
+    TierUnavailable,
 )
 from headrace.serving.inbox import Inbox
 from headrace.serving.observe import Metrics
 from headrace.serving.pipeline import Pipeline
-from headrace.serving.ports import Placement
+from headrace.serving.ports import Entry, Placement
 from headrace.serving.testing.fake_meter import FakeMeter
 from headrace.serving.testing.virtual_time import VirtualClock, run_virtually
 from headrace.serving.tracing import SpanEnd
@@ -106,6 +108,26 @@ class FakeFleet:
         raise Overloaded("No replica.", why="All are gone.", fix="Retry.", retry_after_ms=100)
 
 
+class FakeTiers:
+    """Takes everybody in as standard, and counts who is inside."""
+
+    def __init__(self) -> None:
+        self.num_inside = 0
+        self.num_entered = 0
+        self.is_full = False
+
+    def enter(self, request: Generate) -> Entry:
+        if self.is_full:
+            raise TierUnavailable("It is taken.", why="A lease has an end.", fix="Wait.")
+        self.num_inside += 1
+        self.num_entered += 1
+        terms = replace(request.terms, tier_served=Tier.STANDARD)
+        return Entry(replace(request, terms=terms), self._leave)
+
+    def _leave(self) -> None:
+        self.num_inside -= 1
+
+
 class FakeSpan:
     """A trace of one request that insists on being ended once."""
 
@@ -124,13 +146,23 @@ class FakeSpan:
 class Call:
     """One request through a pipeline, and the verbs of its story."""
 
-    def __init__(self, request: Generate = REQUEST, *, num_replicas: int = 3) -> None:
+    def __init__(
+        self,
+        request: Generate = REQUEST,
+        *,
+        num_replicas: int = 3,
+        tiers: FakeTiers | None = None,
+    ) -> None:
         self.request = request
         self.meter = FakeMeter()
         self.fleet = FakeFleet(num_replicas)
         self.metrics = Metrics()
         self.pipeline = Pipeline(
-            fleet=self.fleet, meter=self.meter, metrics=self.metrics, clock=VirtualClock()
+            fleet=self.fleet,
+            meter=self.meter,
+            metrics=self.metrics,
+            clock=VirtualClock(),
+            tiers=tiers,
         )
         self.span = FakeSpan()
         self.events: list[Chunk | Settled] = []
@@ -609,5 +641,158 @@ def test_half_an_answer_in_one_message_was_never_delivered() -> None:
 
         assert call.meter.of("u1").charge_nano == 0
         assert call.meter.of("u1").outcome is Outcome.CANCELLED
+
+    run_virtually(story())
+
+
+PRIORITY = replace(
+    REQUEST,
+    terms=Terms(
+        tier_asked=Tier.PRIORITY,
+        tier_served=Tier.PRIORITY,
+        objective=Objective(ttft_ms_max=500, itl_ms_max=50),
+        tenant=77,
+        weight=3,
+    ),
+)
+
+
+def test_a_receipt_measures_what_the_caller_saw() -> None:
+    """400 ms to the first chunk, then gaps of 40 and 60 ms: the gap was promised to be 50."""
+
+    async def story() -> None:
+        call = Call(PRIORITY)
+        replica = await call.reaches(0)
+        for wait_s, token in ((0.4, 10), (0.04, 11), (0.06, 12)):
+            await asyncio.sleep(wait_s)
+            replica.says(token)
+            await call.settles()
+        replica.says(finish=STOP)
+        await call.task
+
+        receipt = call.record.receipt
+        assert receipt is not None
+        assert (receipt.tier_asked, receipt.tier_served) == (Tier.PRIORITY, Tier.PRIORITY)
+        assert (receipt.ttft_us, receipt.itl_p50_us, receipt.itl_p99_us) == (
+            400_000,
+            40_000,
+            60_000,
+        )
+        assert (receipt.verdict, receipt.missed) == (Verdict.MISSED, ("itl",))
+        last = call.events[-1]
+        assert isinstance(last, Settled)
+        assert last.receipt == receipt
+
+    run_virtually(story())
+
+
+def test_a_replica_is_told_what_is_promised_and_by_when() -> None:
+    async def story() -> None:
+        call = Call(PRIORITY)
+        promise = (await call.reaches(0)).specs[0].promise
+        await call.hangs_up()
+
+        assert (promise.tier, promise.tenant, promise.weight) == (Tier.PRIORITY, 77, 3)
+        assert (promise.due_ms, promise.itl_ms_max) == (500, 50)
+
+    run_virtually(story())
+
+
+def test_a_caller_who_leaves_before_anything_was_late_is_excluded() -> None:
+    async def story() -> None:
+        call = Call(PRIORITY)
+        await call.reaches(0)
+        await call.hangs_up()
+
+        receipt = call.record.receipt
+        assert receipt is not None
+        assert (receipt.verdict, receipt.ttft_us) == (Verdict.EXCLUDED, None)
+
+    run_virtually(story())
+
+
+def test_a_request_that_we_refuse_counts_against_us() -> None:
+    async def story() -> None:
+        call = Call(PRIORITY, num_replicas=0)
+        with suppress(Overloaded):
+            await call.task
+
+        receipt = call.meter.of("r1").receipt
+        assert receipt is not None
+        assert receipt.missed == ("availability",)
+
+    run_virtually(story())
+
+
+@pytest.mark.parametrize("ending", ["whole", "left", "left unopened", "failed", "no replica"])
+def test_what_a_tier_holds_is_given_back_once_however_the_request_ends(ending: str) -> None:
+    async def story() -> None:
+        tiers = FakeTiers()
+        call = Call(PRIORITY, num_replicas=0 if ending == "no replica" else 1, tiers=tiers)
+        if ending == "left unopened":
+            opening = asyncio.Event()
+            call.meter.open = lambda _: opening.wait()  # pyright: ignore[reportAttributeAccessIssue]
+            await call.settles()
+            assert tiers.num_inside == 1
+            call.task.cancel()
+            await call.settles()
+        elif ending != "no replica":
+            replica = await call.reaches(0)
+            assert tiers.num_inside == 1
+            replica.says(10, finish=STOP if ending == "whole" else None)
+            if ending == "failed":
+                replica.dies()
+            if ending == "left":
+                await call.hangs_up()
+        with suppress(ServingError, asyncio.CancelledError):
+            await call.task
+
+        assert (tiers.num_inside, tiers.num_entered) == (0, 1)
+
+    run_virtually(story())
+
+
+def test_the_tier_that_served_is_in_the_receipt() -> None:
+    async def story() -> None:
+        call = Call(PRIORITY, tiers=FakeTiers())
+        (await call.reaches(0)).says(10, finish=STOP)
+        await call.task
+
+        receipt = call.record.receipt
+        assert receipt is not None
+        assert (receipt.tier_asked, receipt.tier_served) == (Tier.PRIORITY, Tier.STANDARD)
+        assert call.meter.opened["t1", "r1"].tier is Tier.PRIORITY
+
+    run_virtually(story())
+
+
+def test_a_tier_that_is_full_refuses_before_any_work() -> None:
+    async def story() -> None:
+        tiers = FakeTiers()
+        tiers.is_full = True
+        call = Call(PRIORITY, tiers=tiers)
+        with suppress(TierUnavailable):
+            await call.task
+
+        assert call.record.outcome is Outcome.REJECTED
+        assert call.record.receipt is not None
+        assert call.record.receipt.verdict is Verdict.EXCLUDED
+        assert call.replica(0).specs == []
+
+    run_virtually(story())
+
+
+def test_written_prompt_tokens_are_counted_with_the_first_delta() -> None:
+    async def story() -> None:
+        call = Call()
+        replica = await call.reaches(0)
+        inbox, index = replica.running[1]
+        inbox.put(index, Delta(token_ids=(10,), cached_tokens=1, cache_write_tokens=2))
+        await call.settles()
+        replica.says(11, finish=STOP)
+        await call.task
+
+        usage = call.record.usage
+        assert (usage.prompt_tokens, usage.cached_tokens, usage.cache_write_tokens) == (4, 1, 2)
 
     run_virtually(story())

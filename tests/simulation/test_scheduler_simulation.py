@@ -1,10 +1,10 @@
 """
 The engine loop under random load, on an engine that notices every mistake with its KV blocks.
 
-Thousands of turns of arrivals, equal prefixes, cancellations, deadlines, resumed sequences and
-too small a pool. The scripted engine answers from what it reads back from the blocks, so a wrongly
-shared, lost or stale block changes an answer; the expected answers are worked out without it.
-A failure prints its seed.
+Thousands of turns of arrivals, tiers, equal prefixes, cancellations, deadlines, resumed sequences
+and too small a pool. The scripted engine answers from what it reads back from the blocks, so a
+wrongly shared, lost or stale block changes an answer; the expected answers are worked out without
+it. A failure prints its seed.
 """
 
 import random
@@ -14,6 +14,7 @@ from itertools import chain
 import pytest
 
 from headrace.serving.domain.request import Delta, FinishReason, Sampling, SequenceSpec
+from headrace.serving.domain.tier import Promise, Tier
 from headrace.serving.engine.base import Limits
 from headrace.serving.engine.loop import EngineLoop, StepReport
 from headrace.serving.errors import Overloaded
@@ -89,6 +90,9 @@ class World:
         )
         self.scheduler = self.loop._scheduler
         self.tokens_max = self.scheduler.sequence_tokens_max
+        # Every other world has tiers; without them the order is that of arrival.
+        self.has_tiers = seed % 2 == 1
+        self.step_ms = 30 if self.has_tiers else 1
         # Prompts are put together from these, so that blocks recur, also behind other blocks.
         self.pieces = [self.random_tokens(self.limits.kv_block_tokens) for _ in range(3)]
         self.live: dict[int, Submitted] = {}
@@ -100,6 +104,18 @@ class World:
     def random_tokens(self, count: int) -> list[int]:
         return [self.rng.randrange(1, VOCAB) for _ in range(count)]
 
+    def promise(self) -> Promise:
+        rng = self.rng
+        if not self.has_tiers:
+            return Promise()
+        return Promise(
+            tier=rng.choice(list(Tier)),
+            tenant=rng.randrange(3),
+            weight=rng.randint(1, 3),
+            due_ms=self.clock.now_ms + rng.randint(1, 3_000) if rng.random() < 0.7 else None,
+            itl_ms_max=rng.choice([None, 10, 100, 200]),
+        )
+
     def arrive(self) -> None:
         rng = self.rng
         pieces = rng.choices(self.pieces, k=rng.randint(0, 5))
@@ -109,6 +125,8 @@ class World:
         expected, finish = answer(prompt, max_tokens=max_tokens, tokens_max=self.tokens_max)
         resumed = rng.randrange(len(expected)) if rng.random() < 0.2 else 0
         salt = rng.choice([b"tenant-a", b"tenant-b"])
+        promise = self.promise()
+        left_ms = rng.randint(0, 60) * self.step_ms
         # Now and then the choices of one request: the same prompt several times at once.
         for _ in range(3 if rng.random() < 0.15 else 1):
             spec = SequenceSpec(
@@ -116,7 +134,8 @@ class World:
                 sampling=Sampling(max_tokens=max_tokens),
                 resume_ids=expected[:resumed],
                 cache_salt=salt,
-                deadline_ms=self.clock.now_ms + rng.randint(0, 60) if rng.random() < 0.1 else None,
+                deadline_ms=self.clock.now_ms + left_ms if rng.random() < 0.1 else None,
+                promise=promise,
             )
             self.num_arrived += 1
             try:
@@ -145,6 +164,8 @@ class World:
         assert self.loop.healthy
         self.scheduler.check()
         assert len(self.scheduler.running) + len(self.scheduler.waiting) == len(self.live)
+        for job in (*self.scheduler.running, *self.scheduler.waiting):
+            assert job.rank > 0 or not job.preemptions, "a reserved answer was preempted"
         # Nothing is freed to nowhere: with nobody running, the whole pool is free.
         if not self.scheduler.running:
             assert self.scheduler.pool.num_free == self.scheduler.pool.num_blocks
@@ -154,7 +175,7 @@ class World:
     def turn(self) -> None:
         self.loop.turn()
         self.steps += 1
-        self.clock.advance(ms=1)
+        self.clock.advance(ms=self.step_ms)
 
 
 def check_ending(sequence: Submitted, *, now_ms: float) -> None:
@@ -194,9 +215,23 @@ def test_whatever_arrives_every_sequence_gets_its_own_answer_and_ends_once(seed:
     world.loop.stop()
 
 
+def turn_and_look(world: World, met: dict[str, int]) -> None:
+    """A turn, and whether anyone was promoted, late or paused in it."""
+    scheduler = world.scheduler
+    decoding = {job: job.num_computed for job in scheduler.running if job.num_pending == 1}
+    world.turn()
+    met["paused"] += any(
+        job.num_computed == decoding.get(job) and job.rank >= Tier.FLEX.rank
+        for job in scheduler.running
+    )
+    met["promoted"] += any(job.rank != job.promise.tier.rank for job in scheduler.running)
+    met["late"] += any(q.tokens_ahead < q.pending_tokens for q in scheduler.queues)
+
+
 def test_the_simulation_meets_what_it_is_there_to_test() -> None:
     """Preemption, prefix hits, cancellation, deadlines and refusals all happen in it."""
     met = dict.fromkeys(["preempted", "cached", "cancelled", "deadline", "refused"], 0)
+    met |= dict.fromkeys(["promoted", "late", "paused"], 0)
     for seed in range(12):
         world = World(seed)
         while world.num_arrived < ARRIVALS or world.live:
@@ -204,7 +239,7 @@ def test_the_simulation_meets_what_it_is_there_to_test() -> None:
                 world.arrive()
             if world.live and world.rng.random() < 0.03:
                 world.cancel()
-            world.turn()
+            turn_and_look(world, met)
         finishes = [each.deltas[-1].finish for each in world.ended]
         load = world.loop.load()
         met["preempted"] += world.scheduler.preemptions

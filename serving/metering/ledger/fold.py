@@ -278,6 +278,7 @@ class Fold:
             hold_femto=0,
             accepted_unix_ms=unix_ms,
         )
+        self._receipt(logged, request, refuse)
         self._end(logged, request, check.outcome(logged, refuse.outcome), unix_ms, {})
 
     def _adjust(self, logged: Logged, adjust: pb.Adjust) -> None:
@@ -347,7 +348,9 @@ class Fold:
         request.month = check.month_of(settled_unix_ms)
         self.effects.ended(request, self.frozen[request.price_id].price, quantities)
 
-    def _receipt(self, logged: Logged, request: Request, end: pb.Settle | pb.Void) -> None:
+    def _receipt(
+        self, logged: Logged, request: Request, end: pb.Settle | pb.Void | pb.Refuse
+    ) -> None:
         if not end.HasField("receipt"):
             return
         receipt: usage_pb2.Receipt = end.receipt

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from headrace.serving.domain.record import UsageRecord
 from headrace.serving.domain.tier import Receipt, Tier, Verdict
@@ -19,7 +18,6 @@ from headrace.serving.metering.ledger.database import (
 )
 from headrace.serving.metering.ledger.fold import UNIT_FEMTO, Request
 from headrace.serving.metering.ledger.ledger import Ledger
-from headrace.serving.metering.ledger.sqlite_database import SqliteDatabase
 
 RECORDS_MAX = 100_000
 """Most records of one answer: about 100 MB here."""
@@ -162,23 +160,6 @@ class LedgerReader:
             (tenant_id, currency),
         )
         return exact(high, low)
-
-
-class UsageReader(LedgerReader):
-    """The local ledger of a home. No file, no requests; asking makes none."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(Ledger(SqliteDatabase(path)))
-        self._path = path
-
-    def records(self, which: Which = ALL, *, limit: int = 100) -> list[UsageRecord]:
-        return super().records(which, limit=limit) if self._path.exists() else []
-
-    def totals(self, which: Which = ALL) -> list[Totals]:
-        return super().totals(which) if self._path.exists() else []
-
-    def close(self) -> None:
-        self._ledger.close()
 
 
 _FROM = "FROM request JOIN price ON price.price_id = request.price_id"

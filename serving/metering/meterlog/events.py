@@ -146,6 +146,8 @@ def refuse(refused: Refused, *, unix_ms: int) -> bytes:
     message.outcome = refused.outcome.value
     message.currency = refused.price.currency
     message.price_version = refused.price.version
+    if refused.receipt is not None:
+        _fill_receipt(message.receipt, refused.receipt)
     return _sound(event)
 
 

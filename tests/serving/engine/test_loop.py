@@ -8,6 +8,7 @@ thread start it and wait for reports.
 import queue
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +23,7 @@ from headrace.serving.domain.request import (
     Sampling,
     SequenceSpec,
 )
+from headrace.serving.domain.tier import Promise, Tier
 from headrace.serving.engine.base import Limits
 from headrace.serving.engine.loop import EngineLoop, StepReport
 from headrace.serving.errors import (
@@ -52,7 +54,9 @@ X, Y = tokens("x")[0], tokens("y")[0]
 
 
 def spec(prompt: list[int] = PROMPT, **rules: Any) -> SequenceSpec:
-    outer = {name: rules.pop(name) for name in ("resume_ids", "deadline_ms") if name in rules}
+    outer = {
+        name: rules.pop(name) for name in ("resume_ids", "deadline_ms", "promise") if name in rules
+    }
     return SequenceSpec(
         prompt_ids=prompt, sampling=Sampling(**({"max_tokens": 100} | rules)), **outer
     )
@@ -621,3 +625,76 @@ def test_stopping_a_busy_thread_leaves_nothing_behind() -> None:
     assert threaded.until_finished("key")
     assert threaded.engine.is_closed
     assert not any(each.name == "engine-loop" for each in threading.enumerate())
+
+
+# Tiers.
+
+
+def test_a_flood_of_flex_does_not_keep_the_others_out() -> None:
+    """Of 4 rows and 8 waiting places flex takes the rows and half the places, standard the rest.
+
+    Two more are for the strong tiers.
+    """
+    replica = Replica(waiting_max=8)
+    taken: dict[Tier, int] = {}
+    for tier in (Tier.BATCH, Tier.FLEX, Tier.STANDARD, Tier.PRIORITY, Tier.RESERVED):
+        taken[tier] = 0
+        with suppress(Overloaded):
+            while taken[tier] < 100:
+                replica.loop.submit((tier, taken[tier]), spec(promise=Promise(tier=tier)))
+                taken[tier] += 1
+
+    assert list(taken.values()) == [8, 0, 4, 2, 0]
+
+
+def test_the_load_says_what_waits_in_which_tier() -> None:
+    """A row for priority; the batch request of 6 tokens waits."""
+    replica = Replica(rows_max=1)
+    replica.loop.submit("batch", spec([X] * 6, promise=Promise(tier=Tier.BATCH)))
+    replica.loop.submit("priority", spec(promise=Promise(tier=Tier.PRIORITY)))
+    replica.loop.turn()
+
+    load = replica.reports[-1].load
+    assert load.tiers.keys() == {Tier.BATCH}
+    queue = load.tiers[Tier.BATCH]
+    assert (queue.waiting, queue.pending_tokens, queue.ahead_tokens) == (1, 6, 6)
+    assert load.prompt_tokens_per_s > 0
+
+
+def test_a_reserved_answer_holds_its_blocks_from_the_start() -> None:
+    """6 tokens of prompt and 10 of answer are 4 blocks of 4."""
+    replica = Replica()
+    free = replica.loop.load().kv_blocks_free
+    sampling = spec([X] * 6, max_tokens=10, promise=Promise(tier=Tier.RESERVED))
+    replica.loop.submit("reserved", sampling)
+    replica.loop.turn()
+
+    assert replica.loop.load().kv_blocks_free == free - 4
+
+
+def test_the_loop_learns_how_long_its_steps_take() -> None:
+    replica = Replica()
+    step = replica.engine.step
+
+    def slow(rows: Any) -> Any:
+        replica.clock.advance(ms=70)
+        return step(rows)
+
+    replica.engine.step = slow  # pyright: ignore[reportAttributeAccessIssue]
+    replica.answers(spec())
+
+    assert replica.loop._scheduler.times.ms(1, 0) == pytest.approx(70, rel=0.05)
+
+
+def test_the_first_delta_says_what_was_written_to_the_cache() -> None:
+    """Two of three blocks are full; the same prompt again writes nothing."""
+    replica = Replica()
+    for key in ("first", "second"):
+        replica.loop.submit(key, spec([X] * 11, max_tokens=3))
+        replica.finishes()
+
+    written = [delta.cache_write_tokens for delta in replica.deltas("first")]
+    assert written == [8, 0, 0]
+    assert [delta.cached_tokens for delta in replica.deltas("second")] == [8, 0, 0]
+    assert not any(delta.cache_write_tokens for delta in replica.deltas("second"))
+    assert replica.loop.load().cache_write_tokens_total == 8

@@ -15,10 +15,12 @@ from google.rpc.status_pb2 import Status
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from headrace.serving.domain.usage import Outcome
+from headrace.serving.domain.tier import Tier
+from headrace.serving.domain.usage import Outcome, Usage
 from headrace.serving.frontend.status import DETAILS_KEY
 from headrace.serving.testing.platform import MODEL, Platform
 from headrace.v1 import inference_pb2 as pb
+from headrace.v1 import usage_pb2
 
 
 def play(
@@ -393,3 +395,88 @@ def test_a_defect_of_ours_shows_nothing_of_its_inside(
 async def _get(http: aiohttp.ClientSession, path: str) -> tuple[int, dict[str, str]]:
     async with http.get(path) as answer:
         return answer.status, json.loads(await answer.text())
+
+
+def test_the_tier_decides_the_price_and_comes_back_with_the_receipt(tmp_path: Path) -> None:
+    async def story(platform: Platform) -> None:
+        *_, standard = await chunks_of(platform, asking("r1"))
+        *_, flex = await chunks_of(platform, asking("r2", prompt="other", tier="TIER_FLEX"))
+        unary = await platform.stub.GenerateUnary(
+            asking("r3", tier="TIER_PRIORITY"), metadata=platform.metadata
+        )
+
+        assert standard.done.receipt.tier_served == usage_pb2.TIER_STANDARD
+        receipt = flex.done.receipt
+        assert (receipt.tier_asked, receipt.tier_served) == (usage_pb2.TIER_FLEX,) * 2
+        assert receipt.verdict == "met"
+        assert receipt.ttft_us > 0
+        assert unary.receipt.tier_served == usage_pb2.TIER_PRIORITY
+        for tier, done in ((Tier.STANDARD, standard.done), (Tier.FLEX, flex.done)):
+            price = platform.config.price_for(MODEL, tier)
+            assert done.charge.nano == price.charge_nano(usage_from(done.usage))
+
+    play(tmp_path, story)
+
+
+def test_prompt_tokens_that_were_written_to_the_cache_are_counted_apart(tmp_path: Path) -> None:
+    """Whole blocks of 8 that the first request computed; the second one reads them."""
+
+    async def story(platform: Platform) -> None:
+        prompt = "hello world in the true user system " * 4
+        first = (await chunks_of(platform, asking("r1", prompt=prompt)))[-1].usage
+        second = (await chunks_of(platform, asking("r2", prompt=prompt)))[-1].usage
+
+        assert first.prompt_tokens == second.prompt_tokens
+        assert first.cached_tokens == 0
+        assert first.cache_write_tokens == first.prompt_tokens // 8 * 8 > 0
+        assert second.cached_tokens == (second.prompt_tokens - 1) // 8 * 8
+        assert second.cached_tokens + second.cache_write_tokens <= second.prompt_tokens
+
+    play(tmp_path, story)
+
+
+def test_a_reserved_request_without_a_lease_spills_to_standard(tmp_path: Path) -> None:
+    async def story(platform: Platform) -> None:
+        *_, last = await chunks_of(platform, asking(tier="TIER_RESERVED"))
+
+        receipt = last.done.receipt
+        assert receipt.tier_asked == usage_pb2.TIER_RESERVED
+        assert receipt.tier_served == usage_pb2.TIER_STANDARD
+
+    play(tmp_path, story)
+
+
+def test_a_reserved_request_without_a_lease_is_refused_where_that_is_configured(
+    tmp_path: Path,
+) -> None:
+    async def story(platform: Platform) -> None:
+        error = await refusal_of(chunks_of(platform, asking(tier="TIER_RESERVED")))
+
+        assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert reason_of(error) == "TIER_UNAVAILABLE"
+        (record,) = platform.records
+        assert record.outcome is Outcome.REJECTED
+
+    play(tmp_path, story, tiers__reserved_overflow="refuse")
+
+
+def test_a_tier_that_does_not_exist_is_refused(tmp_path: Path) -> None:
+    async def story(platform: Platform) -> None:
+        error = await refusal_of(chunks_of(platform, asking(tier=9)))
+
+        assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+        violation = detail(error, BadRequest)
+        assert isinstance(violation, BadRequest)
+        assert violation.field_violations[0].field == "tier"
+
+    play(tmp_path, story)
+
+
+def usage_from(wire: usage_pb2.Usage) -> Usage:
+    return Usage(
+        prompt_tokens=wire.prompt_tokens,
+        cached_tokens=wire.cached_tokens,
+        completion_tokens=wire.completion_tokens,
+        reasoning_tokens=wire.reasoning_tokens,
+        cache_write_tokens=wire.cache_write_tokens,
+    )

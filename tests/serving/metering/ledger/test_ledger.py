@@ -15,7 +15,7 @@ from headrace.serving.errors import (
 )
 from headrace.serving.metering.ledger.ledger import Ledger
 from headrace.serving.metering.ledger.postgres_database import PostgresDatabase
-from headrace.serving.metering.ledger.reader import UsageReader, Which
+from headrace.serving.metering.ledger.reader import LedgerReader, Which
 from headrace.serving.metering.ledger.sqlite_database import SqliteDatabase
 from headrace.serving.testing.memory_log import NOVEMBER, PRICE, USED, MemoryLog
 from headrace.v1 import meterlog_pb2 as pb
@@ -322,27 +322,12 @@ def test_a_newer_ledger_is_used_if_it_says_that_it_may_be(database, log):
         Ledger(database).high_water(log.log_id)
 
 
-def test_a_home_without_a_ledger_has_no_requests_and_asking_makes_none(tmp_path, log):
-    path = tmp_path / "ledger.db"
-    reader = UsageReader(path)
-
-    assert (reader.records(), reader.totals(), path.exists()) == ([], [], False)
-
-    log.serves("r1")
-    ledger = Ledger(SqliteDatabase(path))
-    ledger.apply(log.log_id, log.records)
-    ledger.close()
-    assert [each.request_id for each in reader.records()] == ["r1"]
-    assert path.stat().st_mode & 0o777 == 0o600
-    reader.close()
-
-
 def test_a_file_that_is_no_database_is_refused_with_a_reason(tmp_path):
     path = tmp_path / "ledger.db"
     path.write_bytes(b"not a database, " * 100)
 
     with pytest.raises(LedgerUnavailable, match="headrace ledger replay"):
-        UsageReader(path).records()
+        LedgerReader(Ledger(SqliteDatabase(path))).records()
 
 
 def test_no_secret_of_a_connection_string_is_shown():
