@@ -1,6 +1,7 @@
 """One request, from accepted to settled. Knows no transport and no cluster.
 
-    wait for a replica -> open the record -> submit -> chunks … -> settle -> Settled
+    reserve of the caller's limits -> wait for a replica -> open the record -> submit -> chunks …
+    -> settle -> Settled
 
 Every exit settles exactly once: the last token, a client that hung up, a deadline, a fault. A lost
 replica is not an exit: its answers go on elsewhere, from the tokens that had arrived, and what is
@@ -13,6 +14,8 @@ from collections.abc import AsyncGenerator, Coroutine, Mapping
 from dataclasses import dataclass
 
 from headrace.serving import log
+from headrace.serving.admission.quota import Quota
+from headrace.serving.admission.quota_hold import Hold
 from headrace.serving.clock import Clock
 from headrace.serving.domain.generate import Chunk, Generate, Settled
 from headrace.serving.domain.record import Caller, Opening, Settlement
@@ -51,7 +54,17 @@ CHARGED: Mapping[Outcome, bool] = {
 class Pipeline:
     """Runs requests. One for each frontend; owned by its event loop."""
 
-    def __init__(self, *, fleet: Fleet, meter: Meter, metrics: Metrics, clock: Clock) -> None:
+    def __init__(
+        self,
+        *,
+        fleet: Fleet,
+        meter: Meter,
+        metrics: Metrics,
+        clock: Clock,
+        quota: Quota | None = None,
+    ) -> None:
+        """Without a `quota` nobody has limits."""
+        self._quota = quota or Quota(clock=clock)
         self._fleet = fleet
         self._meter = meter
         self._metrics = metrics
@@ -70,6 +83,8 @@ class Pipeline:
 
         Raises:
             AlreadyServed, MeterUnavailable, ModelNotFound, Overloaded: before any work.
+            LimitExceeded, QuotaUnavailable: a limit of the caller's, before any work. A hard
+                budget that is spent later is no error: the answers finish with BUDGET.
             DeadlineExceeded: what was delivered is charged.
             EngineFault: every replica tried was lost, or the engine refused; not charged.
         """
@@ -80,7 +95,7 @@ class Pipeline:
                 for chunk in await self._next_chunks(run):
                     yield chunk
                     self._delivered(run, chunk)
-            ending = Outcome.OK
+            ending = _whole(run)
         except (GeneratorExit, asyncio.CancelledError):
             ending = self._ending_of_leaver(request)
             raise
@@ -109,7 +124,7 @@ class Pipeline:
                     self._begun_answering(run)
             for chunk in chunks:
                 run.tally.delivered(chunk)
-            ending = Outcome.OK
+            ending = _whole(run)
         except asyncio.CancelledError:
             ending = self._ending_of_leaver(request)
             raise
@@ -146,13 +161,18 @@ class Pipeline:
 
     async def _begin(self, request: Generate, span: Span | None) -> Run:
         """Everything that can refuse comes before the record is opened, but the record itself."""
+        hold: Hold | None = None
         try:
+            hold = await self._quota.admit(request)
             placement = await self._fleet.place(request)
-        except asyncio.CancelledError:
-            ending = self._ending_of_leaver(request)
-            if span is not None:
-                span.end(SpanEnd(outcome=ending, usage=Usage()))
-            self._keep(self._write_refusal(refusal_of(request, ending)))
+        except BaseException as error:
+            if hold is not None:
+                hold.release()
+            if isinstance(error, asyncio.CancelledError):
+                ending = self._ending_of_leaver(request)
+                if span is not None:
+                    span.end(SpanEnd(outcome=ending, usage=Usage()))
+                self._keep(self._write_refusal(refusal_of(request, ending)))
             raise
         opening = Opening(
             tenant_id=request.caller.tenant_id,
@@ -166,6 +186,7 @@ class Pipeline:
         run = Run(
             request,
             placement,
+            hold=hold,
             clock=self._clock,
             metrics=self._metrics.model(request.model),
             span=span,
@@ -177,6 +198,9 @@ class Pipeline:
             # The record may exist by the time the caller is gone, so it is closed behind it.
             self._keep(self._settle_after(opened, run, self._ending_of_leaver(request)))
             raise
+        except BaseException:
+            hold.release()
+            raise
         run.start()
         return run
 
@@ -186,7 +210,7 @@ class Pipeline:
         arrived = await inbox.take()
         if arrived:
             chunks = (run.chunk(index, arrived[index]) for index in sorted(arrived))
-            return [chunk for chunk in chunks if chunk is not None]
+            return await run.covered([chunk for chunk in chunks if chunk is not None])
         if inbox.has_expired:
             raise DeadlineExceeded(
                 "The deadline passed before the answer was complete.",
@@ -266,8 +290,10 @@ class Pipeline:
                     error=error,
                 )
             )
+        if ending is Outcome.BUDGET:
+            self._quota.over_budget(run.hold)
         task = self._keep(self._write_settlement(run, ending))
-        if ending is Outcome.OK:
+        if ending in (Outcome.OK, Outcome.BUDGET):
             return await asyncio.shield(task)
         await asyncio.wait({task})
         return 0
@@ -305,6 +331,7 @@ class Pipeline:
         try:
             await opened
         except ServingError:
+            run.hold.release()
             return 0
         if run.span is not None:
             run.span.end(SpanEnd(outcome=ending, usage=Usage()))
@@ -329,19 +356,24 @@ class Pipeline:
         request, usage = run.request, run.tally.usage
         charge_femto = request.price.charge_femto(usage) if CHARGED[ending] else 0
         charge_nano = nano_of(charge_femto)
-        await self._meter.settle(
-            Settlement(
-                tenant_id=request.caller.tenant_id,
-                request_id=request.request_id,
-                usage=usage,
-                outcome=ending,
-                charge_femto=charge_femto,
-                version=run.placement.replica.version,
-                first_token_unix_ms=run.first_token_unix_ms,
-                settled_unix_ms=self._clock.unix_ms(),
-                replicas_tried=run.replicas_tried,
-            )
+        settlement = Settlement(
+            tenant_id=request.caller.tenant_id,
+            request_id=request.request_id,
+            usage=usage,
+            outcome=ending,
+            charge_femto=charge_femto,
+            version=run.placement.replica.version,
+            first_token_unix_ms=run.first_token_unix_ms,
+            settled_unix_ms=self._clock.unix_ms(),
+            replicas_tried=run.replicas_tried,
         )
+        try:
+            await self._meter.settle(settlement)
+        except BaseException:
+            # The meter will close the record without a charge, so no budget pays for it either.
+            run.hold.settle(usage=usage, outcome=ending, charge_femto=0)
+            raise
+        run.hold.settle(usage=usage, outcome=ending, charge_femto=charge_femto)
         run.metrics.settled(ending, usage)
         log.request_settled(
             request_id=request.request_id,
@@ -401,6 +433,11 @@ def outcome_of(error: ServingError) -> Outcome:
             return Outcome.FAILED
         case _:
             return Outcome.REJECTED
+
+
+def _whole(run: Run) -> Outcome:
+    """How a request ended whose answers are all out: by themselves, or where the money did."""
+    return Outcome.BUDGET if run.is_over_budget else Outcome.OK
 
 
 def _exhausted(tried: int, why: str) -> EngineFault:

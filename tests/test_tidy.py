@@ -35,7 +35,7 @@ HOMES: dict[str, tuple[str, ...]] = {
     "onnxruntime": ("serving/engine/onnx_engine.py",),
     "sqlite3": ("serving/metering", "serving/admission", "deploy/checkup.py"),
     "yaml": ("serving/config", "deploy"),
-    "prometheus_client": ("serving/observe.py", "serving/frontend"),
+    "prometheus_client": ("serving/observe", "serving/frontend"),
     "llguidance": ("serving/engine/structured.py",),
     "aiohttp": ("serving/frontend", "deploy/bench"),
 }

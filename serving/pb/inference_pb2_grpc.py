@@ -49,12 +49,14 @@ class InferenceStub:
     DRAINING            UNAVAILABLE          this frontend is shutting down; retry elsewhere
     DEADLINE_EXCEEDED   DEADLINE_EXCEEDED    the deadline passed; tokens already sent are charged
     METER_UNAVAILABLE   UNAVAILABLE          usage cannot be recorded, so no work is accepted
+    QUOTA_UNAVAILABLE   UNAVAILABLE          a shared limit cannot be looked up now; retry
     ENGINE_FAULT        INTERNAL             every replica failed under the request; not charged
 
     Metadata that a call may carry: `idempotency-key` (1 to 128 printable characters, per tenant, kept
     for 24 h): the same key with the same request answers with the original result, once charged, and
     attaches to it while it runs. Initial metadata that answers carry: `x-ratelimit-limit-requests`,
-    `-remaining-requests`, `-reset-requests` and the same with `-tokens`, where a limit applies.
+    `-remaining-requests`, `-reset-requests` and the same with `-tokens`, where a limit applies (the
+    tightest one); `x-budget-warning` when a soft budget is spent.
     """
 
     def __init__(self, channel):
@@ -114,12 +116,14 @@ class InferenceServicer:
     DRAINING            UNAVAILABLE          this frontend is shutting down; retry elsewhere
     DEADLINE_EXCEEDED   DEADLINE_EXCEEDED    the deadline passed; tokens already sent are charged
     METER_UNAVAILABLE   UNAVAILABLE          usage cannot be recorded, so no work is accepted
+    QUOTA_UNAVAILABLE   UNAVAILABLE          a shared limit cannot be looked up now; retry
     ENGINE_FAULT        INTERNAL             every replica failed under the request; not charged
 
     Metadata that a call may carry: `idempotency-key` (1 to 128 printable characters, per tenant, kept
     for 24 h): the same key with the same request answers with the original result, once charged, and
     attaches to it while it runs. Initial metadata that answers carry: `x-ratelimit-limit-requests`,
-    `-remaining-requests`, `-reset-requests` and the same with `-tokens`, where a limit applies.
+    `-remaining-requests`, `-reset-requests` and the same with `-tokens`, where a limit applies (the
+    tightest one); `x-budget-warning` when a soft budget is spent.
     """
 
     def Generate(self, request, context):
@@ -218,12 +222,14 @@ class Inference:
     DRAINING            UNAVAILABLE          this frontend is shutting down; retry elsewhere
     DEADLINE_EXCEEDED   DEADLINE_EXCEEDED    the deadline passed; tokens already sent are charged
     METER_UNAVAILABLE   UNAVAILABLE          usage cannot be recorded, so no work is accepted
+    QUOTA_UNAVAILABLE   UNAVAILABLE          a shared limit cannot be looked up now; retry
     ENGINE_FAULT        INTERNAL             every replica failed under the request; not charged
 
     Metadata that a call may carry: `idempotency-key` (1 to 128 printable characters, per tenant, kept
     for 24 h): the same key with the same request answers with the original result, once charged, and
     attaches to it while it runs. Initial metadata that answers carry: `x-ratelimit-limit-requests`,
-    `-remaining-requests`, `-reset-requests` and the same with `-tokens`, where a limit applies.
+    `-remaining-requests`, `-reset-requests` and the same with `-tokens`, where a limit applies (the
+    tightest one); `x-budget-warning` when a soft budget is spent.
     """
 
     @staticmethod

@@ -1,0 +1,288 @@
+"""Whether a caller may have what it asks for: all limits that apply to it pass, or none is touched.
+
+Rates, places and money of key, project and organisation, each maybe of one model alone. What a
+request reserves is exact for its input and expected for its output: the 95th percentile of the
+tenant's recent answers. A decision compares and adds whole numbers; it waits for nobody while this
+frontend holds a lease of each shared limit.
+
+Measured with `headrace bench admission`, six limits: see deploy/bench/README.md.
+"""
+
+from collections import OrderedDict, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from headrace.serving.admission.gcra import GaugeBucket, RateBucket
+from headrace.serving.admission.lease_bucket import LeasedBucket
+from headrace.serving.admission.lease_keeper import LeaseKeeper, now_ns
+from headrace.serving.admission.quota_estimate import OutputEstimator
+from headrace.serving.admission.quota_hold import (
+    ROUNDS_MAX,
+    SLOTS,
+    Bucket,
+    HeldMoney,
+    Hold,
+    Slot,
+    Worst,
+    worst_of,
+)
+from headrace.serving.admission.quota_refusal import refusal_of, short_of_budget, wrong_currency
+from headrace.serving.clock import Clock
+from headrace.serving.domain.generate import Generate
+from headrace.serving.domain.limit import Limit, Metric, subjects_of
+from headrace.serving.domain.record import Caller
+from headrace.serving.observe_quota import Decision, QuotaMetrics
+
+CALLERS_MAX = 10_000
+"""Callers times models whose limits are looked up once: 10 MB."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Applicable:
+    """The limits that apply to one caller's requests for one model."""
+
+    taken: Sequence[tuple[Bucket, Slot]]
+    names: Sequence[Limit]
+    """Of each of `taken`."""
+    budgets: Sequence[LeasedBucket]
+    output_burst: int
+    """Most output tokens that can ever be reserved at once."""
+    foreign: Limit | None
+    """A hard budget in another currency than the price: nothing can be compared."""
+
+
+@dataclass(frozen=True, slots=True)
+class Allowance:
+    """A rate as its caller is shown it."""
+
+    limit: int
+    remaining: int
+    reset_ns: int
+
+
+class Quota:
+    """One for each frontend; belongs to its event loop."""
+
+    def __init__(
+        self,
+        *,
+        clock: Clock,
+        leases: LeaseKeeper | None = None,
+        metrics: QuotaMetrics | None = None,
+        limits: Sequence[Limit] = (),
+        leases_all: bool = False,
+    ) -> None:
+        """Nothing is limited but by `limits`.
+
+        Args:
+            clock: for refilling.
+            leases: where budgets' money comes from; needed when there are budgets.
+            metrics: None keeps them to itself.
+            limits: what holds until `use` is called.
+            leases_all: several frontends share all limits, not only budgets.
+        """
+        self._clock = clock
+        self._leases = leases
+        self._metrics = metrics or QuotaMetrics()
+        self._leases_all = leases_all
+        self._estimator = OutputEstimator()
+        self._buckets: dict[str, Bucket] = {}
+        self._limits: Mapping[tuple[str, str | None], Sequence[Limit]] = {}
+        self._applicable: OrderedDict[tuple[Caller, str, str], Applicable] = OrderedDict()
+        self.use(limits)
+
+    def use(self, limits: Sequence[Limit]) -> None:
+        """From now on these limits hold; what was taken of one that stays, stays taken."""
+        now = now_ns(self._clock)
+        self._buckets = {limit.name: self._bucket(limit, now) for limit in limits}
+        by_scope: defaultdict[tuple[str, str | None], list[Limit]] = defaultdict(list)
+        for limit in limits:
+            by_scope[limit.subject, limit.model].append(limit)
+        self._limits = dict(by_scope)
+        self._applicable.clear()
+
+    async def admit(self, request: Generate) -> Hold:
+        """Reserve what the request needs of every limit, or refuse it; the caller settles the hold.
+
+        Raises:
+            QuotaExceeded: a rate; with the time after which it fits, if it ever does.
+            ConcurrencyExceeded: too many requests, or too much KV cache in use.
+            BudgetExhausted: a hard budget does not cover the prompt and one token.
+            QuotaUnavailable: a shared limit's slice is used up and its authority is away.
+        """
+        hold = self.decide(request)
+        rounds = 0
+        came = True
+        while not isinstance(hold, Hold):
+            bucket, amount = hold
+            if not came or rounds >= ROUNDS_MAX or not isinstance(bucket, LeasedBucket):
+                raise self._refusal(bucket, amount)
+            assert self._leases is not None
+            came = await self._leases.acquire([(bucket, amount)])
+            rounds += 1
+            hold = self.decide(request)
+            if not isinstance(hold, Hold) and hold[0] is not bucket:
+                came = True  # Another one is short, and was not asked for yet.
+        self._metrics.decided(None, Decision.ALLOWED)
+        return hold
+
+    def decide(self, request: Generate) -> Hold | tuple[Bucket, int]:
+        """The hold; or the bucket that is short, and of how much. Then nothing is taken.
+
+        Raises:
+            BudgetExhausted: a hard budget is in another currency.
+        """
+        limits = self._applicable_to(request.caller, request.model, request.price.currency)
+        prompt_tokens, n = len(request.prompt_ids), request.n
+        max_tokens = request.sampling.max_tokens
+        estimate, expected = None, 0
+        if limits.budgets or limits.output_burst:
+            estimate = self._estimator.of(request.caller.tenant_id, request.model)
+            expected = n * min(max_tokens, estimate.value)
+        amounts = [
+            1,
+            prompt_tokens,
+            min(expected, limits.output_burst),
+            1,
+            prompt_tokens + n * max_tokens,
+        ]
+        now = now_ns(self._clock)
+        for bucket, slot in limits.taken:
+            if not bucket.fits(amounts[slot], now):
+                return bucket, amounts[slot]
+        money, worst = (), None
+        if limits.budgets:
+            if limits.foreign is not None:
+                raise wrong_currency(limits.foreign, request.price)
+            worst = worst_of(request.price, prompt_tokens)
+            start = worst.prompt_femto + worst.token_femto
+            for budget in limits.budgets:
+                if budget.limit.hard and not budget.fits(start, now):
+                    return budget, start
+            money = self._hold_money(limits.budgets, worst, expected, now)
+        for bucket, slot in limits.taken:
+            bucket.charge(amounts[slot])
+            if self._leases_all:
+                self._supply(bucket)
+        return Hold(
+            request,
+            taken=limits.taken,
+            amounts=amounts,
+            money=money,
+            worst=worst,
+            estimate=estimate,
+            leases=self._leases,
+            clock=self._clock,
+        )
+
+    def over_budget(self, hold: Hold) -> None:
+        """Note that a hard budget ended a request in the middle."""
+        if hold.short_of is not None:
+            self._metrics.decided(hold.short_of.limit.metric, Decision.ENDED)
+
+    def allowance(self, caller: Caller, model: str, metrics: Sequence[Metric]) -> Allowance | None:
+        """The tightest of the caller's rates in these metrics: of which least is left."""
+        now = now_ns(self._clock)
+        found = [
+            Allowance(limit.limit, max(0, bucket.remaining(now)), bucket.reset_ns(now))
+            for bucket, limit in self._rates(caller, model)
+            if limit.metric in metrics
+        ]
+        return min(found, key=lambda each: each.remaining, default=None)
+
+    def warnings(self, caller: Caller, model: str, currency: str) -> Sequence[Limit]:
+        """Soft budgets of the caller's that are spent."""
+        limits = self._applicable_to(caller, model, currency)
+        spent = [b.limit for b in limits.budgets if not b.limit.hard and b.is_overspent]
+        for limit in spent:
+            self._metrics.decided(limit.metric, Decision.WARNED)
+        return spent
+
+    def observe(self) -> None:
+        """Publish how much of the budgets is left. Called now and then, not for each request."""
+        self._metrics.budgets(
+            (bucket.limit, bucket.remaining(0))
+            for bucket in self._buckets.values()
+            if isinstance(bucket, LeasedBucket)
+        )
+
+    def _rates(self, caller: Caller, model: str) -> list[tuple[RateBucket | LeasedBucket, Limit]]:
+        limits = self._applicable_to(caller, model, "")
+        return [
+            (bucket, limit)
+            for (bucket, _), limit in zip(limits.taken, limits.names, strict=True)
+            if limit.metric.is_rate and not isinstance(bucket, GaugeBucket)
+        ]
+
+    def _hold_money(
+        self, budgets: Sequence[LeasedBucket], worst: Worst, expected: int, now: int
+    ) -> list[HeldMoney]:
+        """Money for the expected answer; of a hard budget that has less, what it has."""
+        wanted = worst.prompt_femto + max(1, expected) * worst.token_femto
+        held = [HeldMoney(budget) for budget in budgets]
+        for money in held:
+            bucket = money.bucket
+            money.add(min(wanted, bucket.room(now)) if bucket.limit.hard else wanted)
+            self._supply(bucket)
+        return held
+
+    def _supply(self, bucket: Bucket) -> None:
+        """Ask for the next slice before this one is spent."""
+        if isinstance(bucket, LeasedBucket) and bucket.is_low and self._leases is not None:
+            self._leases.wake()
+
+    def _applicable_to(self, caller: Caller, model: str, currency: str) -> Applicable:
+        key = (caller, model, currency)
+        known = self._applicable.get(key)
+        if known is None:
+            known = self._applicable[key] = self._look_up(caller, model, currency)
+            if len(self._applicable) > CALLERS_MAX:
+                self._applicable.popitem(last=False)
+        return known
+
+    def _look_up(self, caller: Caller, model: str, currency: str) -> Applicable:
+        mine = [
+            limit
+            for subject in subjects_of(caller)
+            for scope in (model, None)
+            for limit in self._limits.get((subject, scope), ())
+        ]
+        counted = [limit for limit in mine if not limit.metric.is_budget]
+        budgets = [limit for limit in mine if limit.metric.is_budget]
+        foreign = [limit for limit in budgets if limit.hard and limit.currency != currency]
+        outputs = [x.burst_or_limit for x in counted if x.metric is Metric.OUTPUT_TOKENS]
+        leased = [self._buckets[x.name] for x in budgets if x.currency == currency or x.hard]
+        return Applicable(
+            taken=[(self._buckets[limit.name], SLOTS[limit.metric]) for limit in counted],
+            names=counted,
+            budgets=[bucket for bucket in leased if isinstance(bucket, LeasedBucket)],
+            output_burst=min(outputs, default=0),
+            foreign=foreign[0] if foreign else None,
+        )
+
+    def _bucket(self, limit: Limit, now: int) -> Bucket:
+        """The bucket of a limit; the one that is there goes on with the new numbers."""
+        if limit.metric.is_budget or self._leases_all:
+            assert self._leases is not None, "budgets are spent from leases"
+            return self._leases.bucket(limit)
+        known = self._buckets.get(limit.name)
+        if isinstance(known, RateBucket):
+            known.change(limit=limit.limit, burst=limit.burst_or_limit, now_ns=now)
+            return known
+        if isinstance(known, GaugeBucket):
+            known.limit = limit.limit
+            return known
+        if limit.metric.is_rate:
+            return RateBucket(limit=limit.limit, burst=limit.burst_or_limit, now_ns=now)
+        return GaugeBucket(limit=limit.limit)
+
+    def _refusal(self, bucket: Bucket, amount: int) -> Exception:
+        limit = next(e for e in self._all() if self._buckets[e.name] is bucket)
+        self._metrics.decided(limit.metric, Decision.REFUSED)
+        if limit.metric.is_budget:
+            return short_of_budget(limit, amount)
+        wait_ns = bucket.wait_ns(amount, now_ns(self._clock))
+        return refusal_of(limit, amount, wait_ns=wait_ns)
+
+    def _all(self) -> list[Limit]:
+        return [limit for limits in self._limits.values() for limit in limits]
