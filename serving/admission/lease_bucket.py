@@ -1,5 +1,6 @@
 """What a frontend has leased of one limit, and what it spends of it, without asking anybody."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from headrace.serving.admission.gcra import MINUTE_NS
@@ -50,10 +51,13 @@ class LeasedBucket:
 
     __slots__ = (
         "_asked_ns",
+        "_low",
+        "_on_low",
         "_per_s",
         "_taken",
         "_ticked_ns",
         "account",
+        "hard",
         "left",
         "limit",
         "old",
@@ -61,8 +65,12 @@ class LeasedBucket:
         "waiting",
     )
 
-    def __init__(self, limit: Limit, *, now_ns: int) -> None:
-        self.limit = limit
+    def __init__(self, limit: Limit, *, now_ns: int, on_low: Callable[[], None]) -> None:
+        """`on_low` is called when it is time to ask for more, maybe often."""
+        self.change(limit)
+        self._on_low = on_low
+        self._low = 0
+        """Half a slice."""
         self.account = Account()
         self.old: list[Account] = []
         """Of periods that are over; kept until what they hold is settled and reported."""
@@ -76,10 +84,10 @@ class LeasedBucket:
         self._ticked_ns = now_ns
         self._asked_ns = now_ns
 
-    @property
-    def is_low(self) -> bool:
-        """Less than half a slice is left: time to ask for more."""
-        return self.account.free < self._per_s * SLICE_S // 2
+    def change(self, limit: Limit) -> None:
+        """From now on this is the limit; what is leased of it stays."""
+        self.limit = limit
+        self.hard = limit.hard
 
     @property
     def is_overspent(self) -> bool:
@@ -94,8 +102,10 @@ class LeasedBucket:
     def charge(self, num: int) -> Account:
         """Use `num`, whether it is leased or not. Returns: where money is to be settled."""
         account = self.account
-        account.used += num
+        used = account.used = account.used + num
         self._taken += num
+        if account.granted - account.returned - used < self._low:
+            self._on_low()
         return account
 
     def give_back(self, num: int, now_ns: int) -> None:
@@ -104,7 +114,10 @@ class LeasedBucket:
 
     def room(self, now_ns: int) -> int:
         """How much of the lease can be used now."""
-        return max(0, self.account.free) if now_ns < self.account.expires_ns else 0
+        account = self.account
+        if now_ns >= account.expires_ns:
+            return 0
+        return max(0, account.granted - account.returned - account.used)
 
     def remaining(self, now_ns: int) -> int:
         """An estimate over all frontends: what is free here and what the authority had left."""
@@ -213,4 +226,5 @@ class LeasedBucket:
         if seconds > 0:
             self._ticked_ns = now_ns
             self._per_s = (3 * self._per_s + self._taken // seconds) // 4
+            self._low = self._per_s * SLICE_S // 2
             self._taken = 0

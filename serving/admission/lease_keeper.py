@@ -26,7 +26,11 @@ RETRY_S = 0.5
 class LeaseHolder:
     """All leases of one life of a frontend."""
 
-    def __init__(self, *, holder: str, epoch: str) -> None:
+    def __init__(
+        self, *, holder: str, epoch: str, on_low: Callable[[], None] = lambda: None
+    ) -> None:
+        """`on_low` is called when a message should be sent soon."""
+        self._on_low = on_low
         self.holder = holder
         self.epoch = epoch
         self.buckets: dict[str, LeasedBucket] = {}
@@ -36,8 +40,9 @@ class LeaseHolder:
         """What is leased of `limit`; of a limit that changed, what was leased before stays."""
         known = self.buckets.get(limit.name)
         if known is None:
-            known = self.buckets[limit.name] = LeasedBucket(limit, now_ns=now_ns)
-        known.limit = limit
+            known = LeasedBucket(limit, now_ns=now_ns, on_low=self._on_low)
+            self.buckets[limit.name] = known
+        known.change(limit)
         return known
 
     def ask(self, now_ns: int) -> Ask | None:
@@ -83,8 +88,8 @@ class LeaseKeeper:
         self._authority = authority
         self._clock = clock
         self._on_grants = on_grants
-        self._holder = LeaseHolder(holder=holder, epoch=epoch)
         self._wakes = asyncio.Event()
+        self._holder = LeaseHolder(holder=holder, epoch=epoch, on_low=self._wakes.set)
         self._next_round: list[asyncio.Future[bool]] = []
         self._task: asyncio.Task[None] | None = None
 
@@ -109,10 +114,6 @@ class LeaseKeeper:
     def bucket(self, limit: Limit) -> LeasedBucket:
         return self._holder.bucket(limit, now_ns=now_ns(self._clock))
 
-    def wake(self) -> None:
-        """Something is low: ask soon. Costs nothing when repeated."""
-        self._wakes.set()
-
     async def acquire(self, wants: Sequence[tuple[LeasedBucket, int]]) -> bool:
         """Ask for these amounts and wait for the answer; what came is for whoever takes it first.
 
@@ -126,7 +127,7 @@ class LeaseKeeper:
             bucket.waiting.append(amount)
         answered: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         self._next_round.append(answered)
-        self.wake()
+        self._wakes.set()
         try:
             is_reached = await answered
         finally:

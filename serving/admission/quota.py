@@ -19,36 +19,29 @@ from headrace.serving.admission.quota_estimate import OutputEstimator
 from headrace.serving.admission.quota_hold import (
     ROUNDS_MAX,
     SLOTS,
+    Applicable,
     Bucket,
     HeldMoney,
     Hold,
     Slot,
-    Worst,
-    worst_of,
 )
 from headrace.serving.admission.quota_refusal import refusal_of, short_of_budget, wrong_currency
 from headrace.serving.clock import Clock
 from headrace.serving.domain.generate import Generate
 from headrace.serving.domain.limit import Limit, Metric, subjects_of
 from headrace.serving.domain.record import Caller
+from headrace.serving.domain.units import (
+    CACHE_READ,
+    CACHE_WRITE,
+    COMPLETION,
+    PROMPT,
+    REASONING,
+)
+from headrace.serving.domain.usage import Price
 from headrace.serving.observe_quota import Decision, QuotaMetrics
 
 CALLERS_MAX = 10_000
 """Callers times models whose limits are looked up once: 10 MB."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Applicable:
-    """The limits that apply to one caller's requests for one model."""
-
-    taken: Sequence[tuple[Bucket, Slot]]
-    names: Sequence[Limit]
-    """Of each of `taken`."""
-    budgets: Sequence[LeasedBucket]
-    output_burst: int
-    """Most output tokens that can ever be reserved at once."""
-    foreign: Limit | None
-    """A hard budget in another currency than the price: nothing can be compared."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +81,7 @@ class Quota:
         self._estimator = OutputEstimator()
         self._buckets: dict[str, Bucket] = {}
         self._limits: Mapping[tuple[str, str | None], Sequence[Limit]] = {}
-        self._applicable: OrderedDict[tuple[Caller, str, str], Applicable] = OrderedDict()
+        self._applicable: OrderedDict[tuple[str, ...], Applicable] = OrderedDict()
         self.use(limits)
 
     def use(self, limits: Sequence[Limit]) -> None:
@@ -132,47 +125,45 @@ class Quota:
         Raises:
             BudgetExhausted: a hard budget is in another currency.
         """
-        limits = self._applicable_to(request.caller, request.model, request.price.currency)
-        prompt_tokens, n = len(request.prompt_ids), request.n
-        max_tokens = request.sampling.max_tokens
-        estimate, expected = None, 0
-        if limits.budgets or limits.output_burst:
-            estimate = self._estimator.of(request.caller.tenant_id, request.model)
-            expected = n * min(max_tokens, estimate.value)
-        amounts = [
-            1,
-            prompt_tokens,
-            min(expected, limits.output_burst),
-            1,
-            prompt_tokens + n * max_tokens,
-        ]
+        price, n, max_tokens = request.price, request.n, request.sampling.max_tokens
+        limits = self._applicable_to(request.caller, request.model, price.currency)
         now = now_ns(self._clock)
+        prompt_tokens = len(request.prompt_ids)
+        estimate = limits.estimate
+        expected = n * min(max_tokens, estimate.value) if estimate is not None else 0
+        reserved = min(expected, limits.output_burst)
+        amounts = [1, prompt_tokens, reserved, 1, prompt_tokens + n * max_tokens]
         for bucket, slot in limits.taken:
             if not bucket.fits(amounts[slot], now):
                 return bucket, amounts[slot]
-        money, worst = (), None
+        money: Sequence[HeldMoney] = ()
+        prompt_femto = token_femto = 0
         if limits.budgets:
             if limits.foreign is not None:
-                raise wrong_currency(limits.foreign, request.price)
-            worst = worst_of(request.price, prompt_tokens)
-            start = worst.prompt_femto + worst.token_femto
+                raise wrong_currency(limits.foreign, price)
+            each_femto, token_femto = _dearest(price)
+            prompt_femto = prompt_tokens * each_femto
+            start = prompt_femto + token_femto
             for budget in limits.budgets:
-                if budget.limit.hard and not budget.fits(start, now):
+                if budget.hard and not budget.fits(start, now):
                     return budget, start
-            money = self._hold_money(limits.budgets, worst, expected, now)
+            wanted = prompt_femto + max(1, expected) * token_femto
+            # For the expected answer; of a hard budget that has less, what it has.
+            money = [
+                HeldMoney(budget, min(wanted, budget.room(now)) if budget.hard else wanted)
+                for budget in limits.budgets
+            ]
         for bucket, slot in limits.taken:
             bucket.charge(amounts[slot])
-            if self._leases_all:
-                self._supply(bucket)
         return Hold(
             request,
-            taken=limits.taken,
-            amounts=amounts,
-            money=money,
-            worst=worst,
-            estimate=estimate,
-            leases=self._leases,
-            clock=self._clock,
+            limits,
+            amounts,
+            money,
+            self._leases,
+            self._clock,
+            prompt_femto=prompt_femto,
+            token_femto=token_femto,
         )
 
     def over_budget(self, hold: Hold) -> None:
@@ -210,29 +201,12 @@ class Quota:
         limits = self._applicable_to(caller, model, "")
         return [
             (bucket, limit)
-            for (bucket, _), limit in zip(limits.taken, limits.names, strict=True)
+            for (bucket, _), limit in zip(limits.taken, limits.limits, strict=True)
             if limit.metric.is_rate and not isinstance(bucket, GaugeBucket)
         ]
 
-    def _hold_money(
-        self, budgets: Sequence[LeasedBucket], worst: Worst, expected: int, now: int
-    ) -> list[HeldMoney]:
-        """Money for the expected answer; of a hard budget that has less, what it has."""
-        wanted = worst.prompt_femto + max(1, expected) * worst.token_femto
-        held = [HeldMoney(budget) for budget in budgets]
-        for money in held:
-            bucket = money.bucket
-            money.add(min(wanted, bucket.room(now)) if bucket.limit.hard else wanted)
-            self._supply(bucket)
-        return held
-
-    def _supply(self, bucket: Bucket) -> None:
-        """Ask for the next slice before this one is spent."""
-        if isinstance(bucket, LeasedBucket) and bucket.is_low and self._leases is not None:
-            self._leases.wake()
-
     def _applicable_to(self, caller: Caller, model: str, currency: str) -> Applicable:
-        key = (caller, model, currency)
+        key = (caller.tenant_id, caller.project_id, caller.key_id, model, currency)
         known = self._applicable.get(key)
         if known is None:
             known = self._applicable[key] = self._look_up(caller, model, currency)
@@ -252,12 +226,16 @@ class Quota:
         foreign = [limit for limit in budgets if limit.hard and limit.currency != currency]
         outputs = [x.burst_or_limit for x in counted if x.metric is Metric.OUTPUT_TOKENS]
         leased = [self._buckets[x.name] for x in budgets if x.currency == currency or x.hard]
+        asks = bool(outputs or budgets)
+        taken = [(self._buckets[limit.name], SLOTS[limit.metric].value) for limit in counted]
         return Applicable(
-            taken=[(self._buckets[limit.name], SLOTS[limit.metric]) for limit in counted],
-            names=counted,
-            budgets=[bucket for bucket in leased if isinstance(bucket, LeasedBucket)],
+            taken=taken,
+            limits=counted,
+            outputs=[bucket for bucket, slot in taken if slot == Slot.OUTPUT],
             output_burst=min(outputs, default=0),
+            budgets=[bucket for bucket in leased if isinstance(bucket, LeasedBucket)],
             foreign=foreign[0] if foreign else None,
+            estimate=self._estimator.of(caller.tenant_id, model) if asks else None,
         )
 
     def _bucket(self, limit: Limit, now: int) -> Bucket:
@@ -286,3 +264,13 @@ class Quota:
 
     def _all(self) -> list[Limit]:
         return [limit for limits in self._limits.values() for limit in limits]
+
+
+def _dearest(price: Price) -> tuple[int, int]:
+    """The most that a token of a prompt, and one of an answer, can cost: femto-currency."""
+    rate = price.rates.get
+    prompt, write, read = rate(PROMPT, 0), rate(CACHE_WRITE, 0), rate(CACHE_READ, 0)
+    completion, reasoning = rate(COMPLETION, 0), rate(REASONING, 0)
+    if write > prompt or read > prompt:
+        prompt = max(write, read)
+    return prompt, completion if completion > reasoning else reasoning  # noqa: FURB136

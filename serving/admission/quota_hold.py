@@ -8,7 +8,7 @@ A hard budget covers a chunk or the chunk is not delivered, so there is nothing 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import IntEnum
 
 from headrace.serving.admission.gcra import GaugeBucket, RateBucket
@@ -16,10 +16,9 @@ from headrace.serving.admission.lease_bucket import Account, LeasedBucket
 from headrace.serving.admission.lease_keeper import LeaseKeeper, now_ns
 from headrace.serving.admission.quota_estimate import Percentile95
 from headrace.serving.clock import Clock
-from headrace.serving.domain import units
 from headrace.serving.domain.generate import Generate
-from headrace.serving.domain.limit import Metric
-from headrace.serving.domain.usage import Outcome, Price, Usage
+from headrace.serving.domain.limit import Limit, Metric
+from headrace.serving.domain.usage import Outcome, Usage
 from headrace.serving.errors import QuotaUnavailable
 
 TOPUP_TOKENS = 64
@@ -53,30 +52,15 @@ SLOTS = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Worst:
-    """The most that tokens can cost by one price, in femto-currency."""
-
-    prompt_femto: int
-    """The whole prompt, none of it cached."""
-    token_femto: int
-    """One token of an answer."""
-
-
-def worst_of(price: Price, prompt_tokens: int) -> Worst:
-    rates = price.rates
-    each = max(rates.get(unit, 0) for unit in (units.PROMPT, units.CACHE_READ, units.CACHE_WRITE))
-    token = max(rates.get(unit, 0) for unit in (units.COMPLETION, units.REASONING))
-    return Worst(prompt_tokens * each, token)
-
-
-@dataclass(slots=True, eq=False)
 class HeldMoney:
     """Money of one budget. More than one part when it was topped up."""
 
-    bucket: LeasedBucket
-    parts: list[tuple[Account, int]] = field(default_factory=list[tuple[Account, int]])
-    total: int = 0
+    __slots__ = ("bucket", "parts", "total")
+
+    def __init__(self, bucket: LeasedBucket, femto: int) -> None:
+        self.bucket = bucket
+        self.parts: list[tuple[Account, int]] = [(bucket.charge(femto), femto)]
+        self.total = femto
 
     def add(self, femto: int) -> None:
         self.parts.append((self.bucket.charge(femto), femto))
@@ -88,8 +72,27 @@ class HeldMoney:
             account.settle(held, min(held, femto))
             femto -= min(held, femto)
         account, held = self.parts[-1]
-        assert femto <= held or not self.bucket.limit.hard, "a hard budget was overspent"
+        assert femto <= held or not self.bucket.hard, "a hard budget was overspent"
         account.settle(held, femto)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Applicable:
+    """The limits that apply to one caller's requests for one model, looked up once."""
+
+    taken: Sequence[tuple[Bucket, int]]
+    """Rates and numbers in use, and which amount of a request counts for each."""
+    limits: Sequence[Limit]
+    """Of each of `taken`."""
+    outputs: Sequence[Bucket]
+    """Those of `taken` that count output tokens."""
+    output_burst: int
+    """Most output tokens that can be reserved at once."""
+    budgets: Sequence[LeasedBucket]
+    foreign: Limit | None
+    """A hard budget in another currency than the price: nothing can be compared."""
+    estimate: Percentile95 | None
+    """How long the answers are; None when no limit asks."""
 
 
 class Hold:
@@ -98,57 +101,51 @@ class Hold:
     __slots__ = (
         "_amounts",
         "_clock",
-        "_estimate",
         "_is_open",
         "_leases",
+        "_limits",
         "_money",
-        "_outputs",
-        "_price",
+        "_request",
         "_sure_tokens",
-        "_taken",
-        "_worst",
-        "num_choices",
+        "_token_femto",
         "short_of",
     )
 
     def __init__(
         self,
         request: Generate,
-        *,
-        taken: Sequence[tuple[Bucket, Slot]],
+        limits: Applicable,
         amounts: list[int],
         money: Sequence[HeldMoney],
-        worst: Worst | None,
-        estimate: Percentile95 | None,
         leases: LeaseKeeper | None,
         clock: Clock,
+        *,
+        prompt_femto: int,
+        token_femto: int,
     ) -> None:
         """Takes over what was taken.
 
         Args:
             request: whose.
-            taken: rates and numbers in use, and which amount was taken of each.
-            amounts: by slot.
+            limits: what was taken from.
+            amounts: how much of each, by slot.
             money: of each budget.
-            worst: what the request's tokens can cost; needed when there is money.
-            estimate: learns how long the answers were; None when nobody wants to know.
             leases: where more money comes from; needed when there is money.
             clock: of the buckets.
+            prompt_femto: the most that the prompt can cost.
+            token_femto: the most that a token of an answer can cost.
         """
-        self._price = request.price
-        self.num_choices = request.n
-        self._taken = taken
+        self._request = request
+        self._limits = limits
         self._amounts = amounts
         self._money = money
-        self._worst = worst
-        self._estimate = estimate
         self._leases = leases
         self._clock = clock
+        self._token_femto = token_femto
         self._is_open = True
         self.short_of: LeasedBucket | None = None
         """The budget that did not cover a chunk, if one did not."""
-        self._outputs = [bucket for bucket, slot in taken if slot is Slot.OUTPUT]
-        self._sure_tokens = self._sure(tokens=0, charge=worst.prompt_femto if worst else 0)
+        self._sure_tokens = self._sure(0, prompt_femto)
 
     def covers(self, usage: Usage) -> bool:
         """Whether the caller may have a chunk after which `usage` is what it used.
@@ -163,7 +160,7 @@ class Hold:
             bucket = self.short_of
             if bucket is None or self._leases is None:
                 break
-            missing = self._price.charge_femto(usage) - self._held_of(bucket)
+            missing = self._request.price.charge_femto(usage) - self._held_of(bucket)
             try:
                 came = await self._leases.acquire([(bucket, missing)])
             except QuotaUnavailable:
@@ -185,8 +182,8 @@ class Hold:
         self._is_open = False
         for money in self._money:
             money.settle(charge_femto)
-        if self._estimate is not None and outcome is Outcome.OK:
-            self._estimate.add(-(-usage.completion_tokens // self.num_choices))
+        if self._limits.estimate is not None and outcome is Outcome.OK:
+            self._limits.estimate.add(-(-usage.completion_tokens // self._request.n))
         # A caller who leaves before the first token has had the prompt computed all the same: a
         # rate counts it, although nothing is charged.
         self._give_back(
@@ -209,46 +206,44 @@ class Hold:
 
     def _give_back(self, amounts: Sequence[int]) -> None:
         now = now_ns(self._clock)
-        for bucket, slot in self._taken:
+        for bucket, slot in self._limits.taken:
             if amounts[slot]:
                 bucket.give_back(amounts[slot], now)
 
     def _stretch(self, usage: Usage) -> bool:
         """Hold what `usage` costs and 64 tokens more, of all budgets or of none."""
-        charge = self._price.charge_femto(usage) if self._money else 0
+        charge = self._request.price.charge_femto(usage) if self._money else 0
         now = now_ns(self._clock)
         for money in self._money:
             missing = charge - money.total
-            if missing > 0 and money.bucket.limit.hard and not money.bucket.fits(missing, now):
+            if missing > 0 and money.bucket.hard and not money.bucket.fits(missing, now):
                 self.short_of = money.bucket
                 return False
         for money in self._money:
             self._top_up(money, charge, now)
-        if self._outputs and usage.completion_tokens > self._amounts[Slot.OUTPUT]:
+        if self._limits.outputs and usage.completion_tokens > self._amounts[Slot.OUTPUT]:
             missing = usage.completion_tokens - self._amounts[Slot.OUTPUT]
             more = -(-missing // TOPUP_TOKENS) * TOPUP_TOKENS
-            for bucket in self._outputs:
+            for bucket in self._limits.outputs:
                 bucket.charge(more)
             self._amounts[Slot.OUTPUT] += more
-        self._sure_tokens = self._sure(tokens=usage.completion_tokens, charge=charge)
+        self._sure_tokens = self._sure(usage.completion_tokens, charge)
         return True
 
     def _top_up(self, money: HeldMoney, charge: int, now: int) -> None:
         missing = charge - money.total
         if missing <= 0:
             return
-        assert self._worst is not None
-        more = missing + TOPUP_TOKENS * self._worst.token_femto
-        if money.bucket.limit.hard and not money.bucket.fits(more, now):
+        more = missing + TOPUP_TOKENS * self._token_femto
+        if money.bucket.hard and not money.bucket.fits(more, now):
             more = missing
         money.add(more)
 
-    def _sure(self, *, tokens: int, charge: int) -> int:
-        """Up to how many tokens everything is covered, whatever they are, after `tokens`."""
-        sure = self._amounts[Slot.OUTPUT] if self._outputs else EVERYTHING
-        token_femto = self._worst.token_femto if self._worst else 0
-        for money in self._money:
-            if token_femto:
+    def _sure(self, tokens: int, charge: int) -> int:
+        """Up to how many tokens all is covered, whatever they are, if `tokens` cost `charge`."""
+        sure = self._amounts[Slot.OUTPUT] if self._limits.outputs else EVERYTHING
+        if token_femto := self._token_femto:
+            for money in self._money:
                 sure = min(sure, tokens + (money.total - charge) // token_femto)
         return sure
 
