@@ -15,9 +15,10 @@ import yaml
 
 from headrace.serving.config_reader import Reader, bounded, override, port, read_yaml
 from headrace.serving.domain.artifact import Precision
+from headrace.serving.domain.limit import Limit, check_limit
 from headrace.serving.domain.tier import Tier
 from headrace.serving.domain.usage import Price
-from headrace.serving.errors import ConfigRefused
+from headrace.serving.errors import ConfigRefused, InvalidRequest
 
 CONFIG_FILE = "config.yaml"
 
@@ -136,6 +137,19 @@ class PricesConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class QuotaConfig:
+    """How limits are shared between frontends."""
+
+    authority: str | None = None
+    """host:port of the directory whose process keeps all limits and leases slices of them. Unset:
+    this frontend is the only one; its limits are `limits:` here and those that
+    `headrace limits set` made in this home."""
+    holder: str = "frontend"
+    """Names this frontend, the same over all its lives, different from every other's: the pod's
+    name of a StatefulSet."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TelemetryConfig:
     """OpenTelemetry traces. Off unless an endpoint is set."""
 
@@ -161,6 +175,11 @@ class Config:
     made on first use; on a cluster, a mounted secret."""
     meter: MeterConfig = field(default_factory=MeterConfig)
     prices: PricesConfig = field(default_factory=PricesConfig)
+    limits: tuple[Limit, ...] = ()
+    """Rates, numbers in use and budgets of organisations, projects and keys; read again when the
+    file changes. One that an operator set with `headrace limits set` stands in place of the one
+    here for the same subject, model and metric."""
+    quota: QuotaConfig = field(default_factory=QuotaConfig)
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
 
     @classmethod
@@ -225,6 +244,14 @@ class Config:
     @property
     def ledger_path(self) -> Path:
         return self.home / "ledger.db"
+
+    @property
+    def limits_path(self) -> Path:
+        return self.home / "limits.db"
+
+    @property
+    def quota_path(self) -> Path:
+        return self.home / "quota.db"
 
     @property
     def keys_path(self) -> Path:
@@ -318,6 +345,7 @@ def _consistent(config: Config, where: str) -> Config:
                 field="models",
             )
     _check_whole_rates(config.prices, where)
+    _check_limits(config, where)
     host, colon, port = config.directory.address.rpartition(":")
     if not (host and colon and port.isdecimal() and int(port) <= 65_535):
         raise ConfigRefused(
@@ -327,6 +355,38 @@ def _consistent(config: Config, where: str) -> Config:
             field="directory.address",
         )
     return config
+
+
+def _check_limits(config: Config, where: str) -> None:
+    """Each limit means something, has one home, and its money is the price book's."""
+    names: set[str] = set()
+    for number, limit in enumerate(config.limits):
+        path = f"limits[{number}]"
+        try:
+            check_limit(limit)
+        except InvalidRequest as error:
+            raise ConfigRefused(
+                f"{where}: {path}: {error.what}",
+                why=error.why,
+                fix=error.fix,
+                field=f"{path}.{error.field}",
+            ) from error
+        if limit.name in names:
+            raise ConfigRefused(
+                f"{where}: {path} limits {limit.metric} of {limit.subject} a second time.",
+                why="A limit must have one home.",
+                fix="Merge the two entries.",
+                field=path,
+            )
+        names.add(limit.name)
+        if limit.metric.is_budget and limit.currency != config.prices.currency:
+            raise ConfigRefused(
+                f"{where}: {path} is in {limit.currency}, the prices are in "
+                f"{config.prices.currency}.",
+                why="Nothing is converted.",
+                fix=f"Write `currency: {config.prices.currency}` there.",
+                field=f"{path}.currency",
+            )
 
 
 def _check_whole_rates(book: PricesConfig, where: str) -> None:

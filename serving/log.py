@@ -154,6 +154,11 @@ def meter_healthy(*, settled_late: int) -> None:
     _event(logging.WARNING, "meter_healthy", settled_late=settled_late)
 
 
+def limits_changed(*, limits: int) -> None:
+    """Another set of limits is in force."""
+    _event(logging.INFO, "limits_changed", limits=limits)
+
+
 def keys_unreadable(*, path: str, why: str) -> None:
     """The key file changed into something unreadable; the last good set stays in force."""
     _event(logging.ERROR, "keys_unreadable", path=path, why=why)

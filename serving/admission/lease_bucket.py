@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from headrace.serving.admission.gcra import MINUTE_NS
 from headrace.serving.admission.lease import LEASE_MS, Claim, Grant
@@ -14,6 +15,15 @@ TICK_NS = 1_000_000_000
 """How often spending is reported and the rate of it measured."""
 RENEW_NS = LEASE_MS * 1_000_000 // 2
 """A lease is renewed when half of its time is over, or half of its slice is spent."""
+
+
+class Want(NamedTuple):
+    """What one request waits for."""
+
+    need: int
+    """Less does not help."""
+    desired: int
+    """What it will likely use."""
 
 
 @dataclass(slots=True, eq=False)
@@ -52,6 +62,7 @@ class LeasedBucket:
     __slots__ = (
         "_asked_ns",
         "_low",
+        "_missing",
         "_on_low",
         "_per_s",
         "_taken",
@@ -77,8 +88,9 @@ class LeasedBucket:
         self.left = 0
         """What the authority could grant when it was last heard."""
         self.wait_ms: int | None = None
-        self.waiting: list[int] = []
-        """Amounts that requests wait for."""
+        self.waiting: list[Want] = []
+        """What requests wait for."""
+        self._missing = 0
         self._taken = 0
         self._per_s = 0
         self._ticked_ns = now_ns
@@ -119,6 +131,15 @@ class LeasedBucket:
             return 0
         return max(0, account.granted - account.returned - account.used)
 
+    def charge_up_to(self, num: int, now_ns: int) -> tuple[Account, int]:
+        """Use `num`, or what there is of it; more is asked for meanwhile. See `charge`."""
+        room = self.room(now_ns)
+        if room >= num:
+            return self.charge(num), num
+        self._missing = max(self._missing, num - room)
+        self._on_low()
+        return self.charge(room), room
+
     def remaining(self, now_ns: int) -> int:
         """An estimate over all frontends: what is free here and what the authority had left."""
         return self.account.free + self.left
@@ -143,8 +164,10 @@ class LeasedBucket:
             account.returned += account.free - target
         spent = self._spent(account)
         holds = account.free > 0 or account.used != spent
+        missing, self._missing = self._missing, 0
         if (
             self.waiting
+            or missing
             or returns
             or account.free < min(target // 2, 1)
             or account.spent != account.reported
@@ -157,8 +180,12 @@ class LeasedBucket:
                     lease_id=account.lease_id,
                     returned=account.returned,
                     spent=spent,
-                    need=max(0, min(self.waiting) - account.free) if self.waiting else 0,
-                    desired=max(0, target + sum(self.waiting) - account.free),
+                    need=max(0, min(w.need for w in self.waiting) - account.free)
+                    if self.waiting
+                    else 0,
+                    desired=max(
+                        0, target + missing + sum(w.desired for w in self.waiting) - account.free
+                    ),
                 )
             )
         return claims

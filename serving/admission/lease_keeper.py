@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from headrace.serving import log
 from headrace.serving.admission.lease import Ask, Authority, Claim, Grant
-from headrace.serving.admission.lease_bucket import LeasedBucket
+from headrace.serving.admission.lease_bucket import LeasedBucket, Want
 from headrace.serving.clock import Clock
 from headrace.serving.domain.limit import Limit
 from headrace.serving.errors import QuotaUnavailable, ServingError
@@ -19,6 +19,8 @@ REPORT_S = 1.0
 """How often spending is reported: what a budget's view lags behind."""
 CALL_S = 2.0
 """Longest that a request waits for an authority; beyond it, it counts as away."""
+CLAIMS_PER_ASK = 1_000
+"""Half a megabyte; what is more goes into the next message."""
 RETRY_S = 0.5
 """Pause before an authority that is away is asked again."""
 
@@ -47,7 +49,15 @@ class LeaseHolder:
 
     def ask(self, now_ns: int) -> Ask | None:
         """The next message; None when there is nothing to say."""
-        return self._message([c for b in self.buckets.values() for c in b.claims(now_ns)])
+        claims: list[Claim] = []
+        for name in list(self.buckets):
+            claims += self.buckets[name].claims(now_ns)
+            if len(claims) >= CLAIMS_PER_ASK:
+                # The others come first in the next message.
+                self._on_low()
+                break
+            self.buckets[name] = self.buckets.pop(name)
+        return self._message(claims)
 
     def last_ask(self) -> Ask | None:
         """The message of a frontend that stops; nothing is spent after it."""
@@ -114,28 +124,26 @@ class LeaseKeeper:
     def bucket(self, limit: Limit) -> LeasedBucket:
         return self._holder.bucket(limit, now_ns=now_ns(self._clock))
 
-    async def acquire(self, wants: Sequence[tuple[LeasedBucket, int]]) -> bool:
-        """Ask for these amounts and wait for the answer; what came is for whoever takes it first.
+    async def acquire(self, bucket: LeasedBucket, want: Want) -> bool:
+        """Ask for more and wait for the answer; what came is for whoever takes it first.
 
         Returns: whether anything came that makes another look worth while.
 
         Raises:
             QuotaUnavailable: the authority does not answer.
         """
-        before = [self._supply(bucket) for bucket, _ in wants]
-        for bucket, amount in wants:
-            bucket.waiting.append(amount)
+        before = self._supply(bucket)
+        bucket.waiting.append(want)
         answered: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         self._next_round.append(answered)
         self._wakes.set()
         try:
             is_reached = await answered
         finally:
-            for bucket, amount in wants:
-                bucket.waiting.remove(amount)
+            bucket.waiting.remove(want)
         if not is_reached:
             raise unavailable("it did not answer")
-        return before != [self._supply(bucket) for bucket, _ in wants]
+        return before != self._supply(bucket)
 
     async def _run(self) -> None:
         while True:

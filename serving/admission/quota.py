@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from headrace.serving.admission.gcra import GaugeBucket, RateBucket
-from headrace.serving.admission.lease_bucket import LeasedBucket
+from headrace.serving.admission.lease_bucket import LeasedBucket, Want
 from headrace.serving.admission.lease_keeper import LeaseKeeper, now_ns
 from headrace.serving.admission.quota_estimate import OutputEstimator
 from headrace.serving.admission.quota_hold import (
@@ -107,11 +107,11 @@ class Quota:
         rounds = 0
         came = True
         while not isinstance(hold, Hold):
-            bucket, amount = hold
+            bucket, want = hold
             if not came or rounds >= ROUNDS_MAX or not isinstance(bucket, LeasedBucket):
-                raise self._refusal(bucket, amount)
+                raise self._refusal(bucket, want.need)
             assert self._leases is not None
-            came = await self._leases.acquire([(bucket, amount)])
+            came = await self._leases.acquire(bucket, want)
             rounds += 1
             hold = self.decide(request)
             if not isinstance(hold, Hold) and hold[0] is not bucket:
@@ -119,8 +119,8 @@ class Quota:
         self._metrics.decided(None, Decision.ALLOWED)
         return hold
 
-    def decide(self, request: Generate) -> Hold | tuple[Bucket, int]:
-        """The hold; or the bucket that is short, and of how much. Then nothing is taken.
+    def decide(self, request: Generate) -> Hold | tuple[Bucket, Want]:
+        """The hold; or the bucket that is short, and of what. Then nothing is taken.
 
         Raises:
             BudgetExhausted: a hard budget is in another currency.
@@ -135,7 +135,7 @@ class Quota:
         amounts = [1, prompt_tokens, reserved, 1, prompt_tokens + n * max_tokens]
         for bucket, slot in limits.taken:
             if not bucket.fits(amounts[slot], now):
-                return bucket, amounts[slot]
+                return bucket, Want(amounts[slot], amounts[slot])
         money: Sequence[HeldMoney] = ()
         prompt_femto = token_femto = 0
         if limits.budgets:
@@ -144,15 +144,11 @@ class Quota:
             each_femto, token_femto = _dearest(price)
             prompt_femto = prompt_tokens * each_femto
             start = prompt_femto + token_femto
+            wanted = prompt_femto + max(1, expected) * token_femto
             for budget in limits.budgets:
                 if budget.hard and not budget.fits(start, now):
-                    return budget, start
-            wanted = prompt_femto + max(1, expected) * token_femto
-            # For the expected answer; of a hard budget that has less, what it has.
-            money = [
-                HeldMoney(budget, min(wanted, budget.room(now)) if budget.hard else wanted)
-                for budget in limits.budgets
-            ]
+                    return budget, Want(start, wanted)
+            money = [HeldMoney(budget, wanted, now) for budget in limits.budgets]
         for bucket, slot in limits.taken:
             bucket.charge(amounts[slot])
         return Hold(

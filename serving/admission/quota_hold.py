@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 from headrace.serving.admission.gcra import GaugeBucket, RateBucket
-from headrace.serving.admission.lease_bucket import Account, LeasedBucket
+from headrace.serving.admission.lease_bucket import LeasedBucket, Want
 from headrace.serving.admission.lease_keeper import LeaseKeeper, now_ns
 from headrace.serving.admission.quota_estimate import Percentile95
 from headrace.serving.clock import Clock
@@ -57,10 +57,12 @@ class HeldMoney:
 
     __slots__ = ("bucket", "parts", "total")
 
-    def __init__(self, bucket: LeasedBucket, femto: int) -> None:
+    def __init__(self, bucket: LeasedBucket, femto: int, now_ns: int) -> None:
+        """Holds `femto`; of a hard budget that has less at hand, what it has."""
         self.bucket = bucket
-        self.parts: list[tuple[Account, int]] = [(bucket.charge(femto), femto)]
-        self.total = femto
+        part = bucket.charge_up_to(femto, now_ns) if bucket.hard else (bucket.charge(femto), femto)
+        self.parts = [part]
+        self.total = part[1]
 
     def add(self, femto: int) -> None:
         self.parts.append((self.bucket.charge(femto), femto))
@@ -162,7 +164,8 @@ class Hold:
                 break
             missing = self._request.price.charge_femto(usage) - self._held_of(bucket)
             try:
-                came = await self._leases.acquire([(bucket, missing)])
+                want = Want(missing, missing + TOPUP_TOKENS * self._token_femto)
+                came = await self._leases.acquire(bucket, want)
             except QuotaUnavailable:
                 # What is not covered is not delivered, whatever the reason.
                 return False

@@ -23,7 +23,7 @@ class AuthorityThread:
         self._path = path
         self._clock = clock
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="quota-authority")
-        self._authority: QuotaAuthority
+        self._opened: QuotaAuthority | None = None
 
     async def open(self, limits: Sequence[Limit]) -> None:
         """Open the book.
@@ -35,7 +35,12 @@ class AuthorityThread:
         def opened() -> QuotaAuthority:
             return QuotaAuthority(QuotaBook(self._path), clock=self._clock, limits=limits)
 
-        self._authority = await self._run(opened)
+        self._opened = await self._run(opened)
+
+    @property
+    def _authority(self) -> QuotaAuthority:
+        assert self._opened is not None, "the authority was not opened"
+        return self._opened
 
     async def lease(self, ask: Ask) -> Sequence[Grant]:
         return await self._run(lambda: self._authority.lease(ask))
@@ -56,7 +61,10 @@ class AuthorityThread:
         return await self._run(lambda: self._authority.open_leases(holder, epoch=epoch))
 
     async def close(self) -> None:
-        await self._run(lambda: self._authority.close())
+        """Idempotent, and harmless before `open`."""
+        opened, self._opened = self._opened, None
+        if opened is not None:
+            await self._run(opened.close)
         self._thread.shutdown()
 
     async def _run(self, work: Callable[[], T]) -> T:

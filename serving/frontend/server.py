@@ -31,8 +31,10 @@ from headrace.serving.frontend.http import HttpServer
 from headrace.serving.frontend.inference import Gate, InferenceService
 from headrace.serving.frontend.interceptors import Edge
 from headrace.serving.frontend.model_shelf import Load, ModelShelf, load_from_artifact
+from headrace.serving.frontend.quota_parts import QuotaParts
 from headrace.serving.metering.usage_store import UsageStore
 from headrace.serving.observe import Metrics
+from headrace.serving.observe_quota import QuotaMetrics
 from headrace.serving.pipeline import Pipeline
 from headrace.serving.tracing import tracer
 from headrace.v1 import inference_pb2_grpc
@@ -83,6 +85,8 @@ class Frontend:
         self._on_change = on_change
         self._has_changed = asyncio.Event()
         self._stack = contextlib.AsyncExitStack()
+        self._epoch = uuid.uuid4().hex
+        self.quota: QuotaParts
         self.fleet: ReplicaFleet
         self.pipeline: Pipeline
         self.readiness: Readiness
@@ -111,6 +115,15 @@ class Frontend:
         stack.push_async_callback(asyncio.to_thread, traces.close)
         store = await asyncio.to_thread(self._open_store)
         stack.push_async_callback(asyncio.to_thread, store.close)
+        self.quota = QuotaParts(
+            config,
+            epoch=self._epoch,
+            cluster_token=token,
+            clock=self._clock,
+            metrics=QuotaMetrics(self.metrics.registry),
+        )
+        stack.push_async_callback(self.quota.close)
+        await self.quota.open()
         self.fleet = ReplicaFleet(
             cluster_token=token,
             clock=self._clock,
@@ -119,7 +132,11 @@ class Frontend:
             on_change=self._fleet_changed,
         )
         self.pipeline = Pipeline(
-            fleet=self.fleet, meter=store, metrics=self.metrics, clock=self._clock
+            fleet=self.fleet,
+            meter=store,
+            metrics=self.metrics,
+            clock=self._clock,
+            quota=self.quota.quota,
         )
         stack.push_async_callback(self.pipeline.wait_settled)
         stack.push_async_callback(self.fleet.close)
@@ -128,6 +145,7 @@ class Frontend:
         )
         service = InferenceService(
             pipeline=self.pipeline,
+            quota=self.quota.quota,
             fleet=self.fleet,
             shelf=self._shelf,
             authenticator=authenticator,
@@ -181,7 +199,7 @@ class Frontend:
         return UsageStore(
             self._config.ledger_path,
             clock=self._clock,
-            epoch=uuid.uuid4().hex,
+            epoch=self._epoch,
             metrics=self.metrics,
             queue_max=meter.queue_max,
             checkpoint_tokens=meter.checkpoint_tokens,
@@ -189,7 +207,11 @@ class Frontend:
         )
 
     async def _start_directory(self, token: str) -> str:
-        server = DirectoryServer(cluster_token=token, address=self._config.directory.address)
+        server = DirectoryServer(
+            cluster_token=token,
+            address=self._config.directory.address,
+            quota=self.quota.service,
+        )
         try:
             address = await server.start()
         except RuntimeError as error:
@@ -272,6 +294,7 @@ class Frontend:
             self._has_changed.clear()
             try:
                 self.fleet.sweep()
+                self.quota.follow()
                 for endpoint in self.fleet.endpoints:
                     self._shelf.expect(endpoint.facts)
                 await self.readiness.publish()

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from headrace.serving.admission.lease import Ask
+from headrace.serving.admission.lease_bucket import Want
 from headrace.serving.admission.lease_keeper import LeaseHolder
 from headrace.serving.admission.quota_authority import QuotaAuthority
 from headrace.serving.admission.quota_book import QuotaBook
@@ -119,11 +120,11 @@ class World:
         bucket = frontend.holder.bucket(DAY, now_ns=self.now_ns)
         bucket.waiting.clear()
         if not bucket.fits(start, self.now_ns):
-            bucket.waiting.append(start)
+            bucket.waiting.append(Want(start, start + 10**7))
             self.refused += 1
             return
         wanted = start + self.random.randint(0, 10**8)
-        money = HeldMoney(bucket, min(wanted, bucket.room(self.now_ns)))
+        money = HeldMoney(bucket, wanted, self.now_ns)
         frontend.running.append(Request(money))
 
     def work(self, frontend: Frontend) -> None:
@@ -252,9 +253,9 @@ class World:
                 ask = frontend.holder.ask(self.now_ns)
                 if ask is not None:
                     frontend.holder.apply(ask, self.authority.lease(ask), sent_ns=self.now_ns)
-                bucket.waiting[:] = [1]
+                bucket.waiting[:] = [Want(1, 1)]
                 if room := bucket.room(self.now_ns):
-                    request = Request(HeldMoney(bucket, room), delivered=room)
+                    request = Request(HeldMoney(bucket, room, self.now_ns), delivered=room)
                     frontend.running.append(request)
                     self.settle(frontend, request)
                     spent = True
