@@ -76,7 +76,9 @@ class LeasedBucket:
         "waiting",
     )
 
-    def __init__(self, limit: Limit, *, now_ns: int, on_low: Callable[[], None]) -> None:
+    def __init__(
+        self, limit: Limit, *, now_ns: int, on_low: Callable[["LeasedBucket"], None]
+    ) -> None:
         """`on_low` is called when it is time to ask for more, maybe often."""
         self.change(limit)
         self._on_low = on_low
@@ -117,7 +119,7 @@ class LeasedBucket:
         used = account.used = account.used + num
         self._taken += num
         if account.granted - account.returned - used < self._low:
-            self._on_low()
+            self._on_low(self)
         return account
 
     def give_back(self, num: int, now_ns: int) -> None:
@@ -137,7 +139,7 @@ class LeasedBucket:
         if room >= num:
             return self.charge(num), num
         self._missing = max(self._missing, num - room)
-        self._on_low()
+        self._on_low(self)
         return self.charge(room), room
 
     def remaining(self, now_ns: int) -> int:

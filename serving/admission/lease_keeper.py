@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from headrace.serving import log
 from headrace.serving.admission.lease import Ask, Authority, Claim, Grant
-from headrace.serving.admission.lease_bucket import LeasedBucket, Want
+from headrace.serving.admission.lease_bucket import TICK_NS, LeasedBucket, Want
 from headrace.serving.clock import Clock
 from headrace.serving.domain.limit import Limit
 from headrace.serving.errors import QuotaUnavailable, ServingError
@@ -36,27 +36,40 @@ class LeaseHolder:
         self.holder = holder
         self.epoch = epoch
         self.buckets: dict[str, LeasedBucket] = {}
+        """One that was ever leased stays: who forgot what it has spent would spend it again."""
+        self._urgent: dict[LeasedBucket, None] = {}
+        self._looked_ns = 0
         self._seq = 0
 
     def bucket(self, limit: Limit, *, now_ns: int) -> LeasedBucket:
         """What is leased of `limit`; of a limit that changed, what was leased before stays."""
         known = self.buckets.get(limit.name)
         if known is None:
-            known = LeasedBucket(limit, now_ns=now_ns, on_low=self._on_low)
+            known = LeasedBucket(limit, now_ns=now_ns, on_low=self.hurry)
             self.buckets[limit.name] = known
         known.change(limit)
         return known
 
+    def hurry(self, bucket: LeasedBucket) -> None:
+        """Of this one, something is to be said soon."""
+        self._urgent[bucket] = None
+        self._on_low()
+
     def ask(self, now_ns: int) -> Ask | None:
-        """The next message; None when there is nothing to say."""
+        """The next message; None when there is nothing to say.
+
+        What is urgent, and once a second what all others have to report.
+        """
+        if now_ns - self._looked_ns >= TICK_NS:
+            self._looked_ns = now_ns
+            self._urgent |= dict.fromkeys(self.buckets.values())
         claims: list[Claim] = []
-        for name in list(self.buckets):
-            claims += self.buckets[name].claims(now_ns)
-            if len(claims) >= CLAIMS_PER_ASK:
-                # The others come first in the next message.
-                self._on_low()
-                break
-            self.buckets[name] = self.buckets.pop(name)
+        while self._urgent and len(claims) < CLAIMS_PER_ASK:
+            bucket = next(iter(self._urgent))
+            del self._urgent[bucket]
+            claims += bucket.claims(now_ns)
+        if self._urgent:
+            self._on_low()
         return self._message(claims)
 
     def last_ask(self) -> Ask | None:
@@ -134,9 +147,9 @@ class LeaseKeeper:
         """
         before = self._supply(bucket)
         bucket.waiting.append(want)
+        self._holder.hurry(bucket)
         answered: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         self._next_round.append(answered)
-        self._wakes.set()
         try:
             is_reached = await answered
         finally:

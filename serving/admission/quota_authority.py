@@ -66,6 +66,8 @@ class QuotaAuthority:
         """Open leases of each limit and period."""
         self._debits = dict(self._past)
         """Of budgets: what is spent or leased."""
+        self._spent = dict(self._past)
+        """Of budgets: what is spent, as far as it was reported."""
         self._expires_ms: dict[str, float] = {}
         # Since when a holder is silent is not known after a start: its lease begins anew.
         for lease in book.leases():
@@ -268,6 +270,8 @@ class QuotaAuthority:
             known = self._leases.get(lease.lease_id)
             change = lease.debit - (known.debit if known else 0)
             self._debits[of] = self._debits.get(of, 0) + change
+            change = lease.spent - (known.spent if known else 0)
+            self._spent[of] = self._spent.get(of, 0) + change
         self._leases[lease.lease_id] = lease
         members = self._by_period.setdefault(of, set())
         if lease.is_open:
@@ -324,11 +328,7 @@ class QuotaAuthority:
             total = limit.burst_or_limit
         elif limit.metric.is_budget:
             total = limit.limit * FEMTO_PER_NANO
-            spent = self._past.get(of, 0) + sum(
-                lease.spent
-                for lease in self._leases.values()
-                if (lease.limit_name, lease.period) == of
-            )
+            spent = self._spent.get(of, 0)
         held = 0 if limit.metric.is_rate else total - left - spent
         return Standing(limit=limit, period=period, total=total, spent=spent, held=held, left=left)
 

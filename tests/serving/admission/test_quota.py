@@ -7,11 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from headrace.serving.admission.lease import Ask
 from headrace.serving.admission.lease_keeper import LeaseKeeper
 from headrace.serving.admission.quota import Quota
-from headrace.serving.admission.quota_authority import QuotaAuthority
-from headrace.serving.admission.quota_book import QuotaBook
 from headrace.serving.admission.quota_hold import Hold
 from headrace.serving.domain.generate import Generate
 from headrace.serving.domain.limit import Limit, Metric, check_limit
@@ -26,6 +23,7 @@ from headrace.serving.errors import (
     QuotaExceeded,
     QuotaUnavailable,
 )
+from headrace.serving.testing.direct_authority import DirectAuthority
 from headrace.serving.testing.virtual_time import VirtualClock, run_virtually
 
 PRICE = Price.text(
@@ -49,29 +47,13 @@ REQUEST = Generate(
 )
 
 
-class DirectAuthority:
-    """The authority without a thread, so that virtual time holds; away when told so."""
-
-    def __init__(self, authority: QuotaAuthority) -> None:
-        self.authority = authority
-        self.is_away = False
-        self.num_asks = 0
-
-    async def lease(self, ask: Ask):
-        self.num_asks += 1
-        if self.is_away:
-            raise QuotaUnavailable("Away.", why="The test says so.", fix="Wait.")
-        return self.authority.lease(ask)
-
-
 class Frontend:
     """Limits of one frontend, and the verbs of their story."""
 
     def __init__(self, home: Path, limits: list[Limit]) -> None:
         self.clock = VirtualClock()
-        book = QuotaBook(home / "quota.db")
-        self.authority = QuotaAuthority(book, clock=self.clock, limits=limits)
-        self.wire = DirectAuthority(self.authority)
+        self.wire = DirectAuthority(home, limits, clock=self.clock)
+        self.authority = self.wire.core
         self.leases = LeaseKeeper(self.wire, holder="f", epoch="1", clock=self.clock)
         self.leases.start()
         self.quota = Quota(clock=self.clock, leases=self.leases, limits=limits)
@@ -372,13 +354,18 @@ def test_with_a_lease_in_hand_nobody_is_asked(tmp_path: Path):
     play(tmp_path, story, budget(10**9))
 
 
-def test_a_lease_that_is_over_is_not_spent(tmp_path: Path):
+def test_a_lease_that_is_over_is_not_spent_but_what_was_held_may_be(tmp_path: Path):
     async def story(frontend: Frontend) -> None:
-        (await frontend.admits()).release()
+        hold = await frontend.admits()
+        (bucket,) = frontend.leases.buckets.values()
         frontend.wire.is_away = True
+        bucket.account.granted += 10**15
         await asyncio.sleep(31)
         with pytest.raises(QuotaUnavailable):
             await frontend.admits()
+
+        assert hold.covers(Usage(prompt_tokens=10, completion_tokens=20))
+        settle(hold, Usage(prompt_tokens=10, completion_tokens=20))
 
     play(tmp_path, story, budget(10**9))
 
