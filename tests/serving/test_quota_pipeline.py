@@ -350,12 +350,15 @@ def test_a_place_is_free_again_when_the_request_never_began(tmp_path: Path):
             await opening(*args)  # pyright: ignore[reportArgumentType]
 
         service.meter.open = slow_open
-        stream = asyncio.create_task(service.streams())
-        await service.calms()
-        stream.cancel()
-        await service.calms()
-        may_open.set()
-        await service.pipeline.wait_settled()
+        for is_broken in (True, False):
+            may_open.clear()
+            stream = asyncio.create_task(service.streams())
+            await service.calms()
+            stream.cancel()
+            await service.calms()
+            service.meter.is_broken = is_broken
+            may_open.set()
+            await service.pipeline.wait_settled()
 
         assert not (await service.begins(replace(REQUEST, request_id="r3"))).done()
 
