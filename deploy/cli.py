@@ -22,6 +22,8 @@ VERBS = {
     "models": "pull, list and inspect models",
     "chat": "talk to a served model",
     "keys": "make, list and revoke API keys",
+    "limits": "set, list and remove rates, numbers in use and budgets",
+    "budgets": "show what of each budget is spent, held and left",
     "usage": "show what requests used and cost",
     "bench": "measure against the peers that are installed",
     "doctor": "check this machine and installation",

@@ -27,6 +27,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
     _add_llm(kinds)
     _add_frontend(kinds)
+    _add_admission(kinds)
     _add_peers(kinds)
 
 
@@ -60,6 +61,17 @@ def _add_frontend(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     frontend.add_argument("--loop-s", type=float, default=5.0, help="seconds of each turn (5)")
     _add_common(frontend)
     frontend.set_defaults(run=_frontend)
+
+
+def _add_admission(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    admission = kinds.add_parser(
+        "admission",
+        help="what limits and budgets cost a request",
+        description="Decisions over six limits and over none, in this process. Half a minute.",
+    )
+    admission.add_argument("--rounds", type=int, default=5, help="rounds of 5,000 requests (5)")
+    _add_common(admission)
+    admission.set_defaults(run=_admission)
 
 
 def _add_peers(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -112,6 +124,14 @@ def _frontend(args: argparse.Namespace) -> int:
         seconds=args.loop_s,
     )
     return _show(frontend.run(options, home, _tell), home, args)
+
+
+def _admission(args: argparse.Namespace) -> int:
+    from headrace.deploy.bench import quota
+
+    home = Config.load(args.home).home
+    options = quota.Options(rounds=_positive(args.rounds, "--rounds"))
+    return _show(quota.bench_quota(options, home, _tell), home, args)
 
 
 def _list_peers(args: argparse.Namespace) -> int:

@@ -185,6 +185,15 @@ class Quota:
             self._metrics.decided(limit.metric, Decision.WARNED)
         return spent
 
+    def left_here(self) -> Mapping[str, int]:
+        """Of the limits that are counted in this process: what is left of each now, by name."""
+        now = now_ns(self._clock)
+        return {
+            name: bucket.remaining(now)
+            for name, bucket in self._buckets.items()
+            if not isinstance(bucket, LeasedBucket)
+        }
+
     def observe(self) -> None:
         """Publish how much of the budgets is left. Called now and then, not for each request."""
         self._metrics.budgets(

@@ -1,7 +1,8 @@
 """The quota authority on the wire: its service, and what a frontend elsewhere calls."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import grpc
 import grpc.aio
@@ -32,9 +33,17 @@ _OPTIONS: Sequence[tuple[str, int]] = (
 class QuotaService(quota_pb2_grpc.QuotaServicer):
     """See quota.proto. Every call needs the cluster token."""
 
-    def __init__(self, authority: AuthorityThread, *, cluster_token: str) -> None:
+    def __init__(
+        self,
+        authority: AuthorityThread,
+        *,
+        cluster_token: str,
+        left_here: Callable[[], Mapping[str, int]] = dict,
+    ) -> None:
+        """`left_here` knows of limits that this process counts without leasing them."""
         self._authority = authority
         self._token = cluster_token
+        self._left_here = left_here
 
     async def Lease(
         self, request: pb.LeaseRequest, context: grpc.aio.ServicerContext
@@ -63,6 +72,13 @@ class QuotaService(quota_pb2_grpc.QuotaServicer):
         except ServingError as error:
             await _abort(context, error)
             raise
+        left_here = self._left_here()
+        standings = [
+            replace(each, left=left, held=each.total - left)
+            if (left := left_here.get(each.limit.name)) is not None
+            else each
+            for each in standings
+        ]
         return pb.ListStandingsReply(
             standings=[
                 pb.QuotaStanding(

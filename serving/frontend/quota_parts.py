@@ -41,7 +41,11 @@ class QuotaParts:
         address = config.quota.authority
         if address is None:
             self._local = AuthorityThread(config.quota_path, clock=clock)
-            self.service = QuotaService(self._local, cluster_token=cluster_token)
+            self.service = QuotaService(
+                self._local,
+                cluster_token=cluster_token,
+                left_here=lambda: self.quota.left_here(),
+            )
         else:
             self._remote = RemoteAuthority(address, cluster_token=cluster_token)
         authority = self._local or self._remote
