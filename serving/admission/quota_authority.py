@@ -141,14 +141,17 @@ class QuotaAuthority:
         self._install(closed)
 
     def open_leases(self, holder: str, *, epoch: str) -> list[Lease]:
-        """What is not closed of the other lives of `holder`: what `epoch` has to resolve.
+        """Budgets' leases that other lives of `holder` left open: what `epoch` has to resolve.
 
         Only a successor asks, who knows that they are over: it has their meter log's lock.
         """
         return [
             lease
             for lease in self._leases.values()
-            if lease.holder == holder and lease.epoch != epoch and lease.is_open
+            if lease.holder == holder
+            and lease.epoch != epoch
+            and lease.is_open
+            and self._is_budget(lease)
         ]
 
     def standings(self) -> list[Standing]:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import grpc
 import grpc.aio
 
-from headrace.serving.admission.lease import Ask, Claim, Grant
+from headrace.serving.admission.lease import Ask, Claim, Grant, OpenLease
 from headrace.serving.admission.lease_keeper import unavailable
 from headrace.serving.admission.quota_authority import Standing
 from headrace.serving.admission.quota_thread import AuthorityThread
@@ -93,6 +93,25 @@ class QuotaService(quota_pb2_grpc.QuotaServicer):
             ]
         )
 
+    async def ListOpenLeases(
+        self, request: pb.ListOpenLeasesRequest, context: grpc.aio.ServicerContext
+    ) -> pb.ListOpenLeasesReply:
+        await require_token(context, self._token)
+        leases = await self._authority.open_leases(request.holder, epoch=request.epoch)
+        return pb.ListOpenLeasesReply(
+            leases=[
+                pb.OpenLease(
+                    lease_id=lease.lease_id,
+                    limit_name=lease.limit_name,
+                    period=lease.period,
+                    epoch=lease.epoch,
+                    granted=str(lease.granted),
+                    spent=str(lease.spent),
+                )
+                for lease in leases
+            ]
+        )
+
     async def Resolve(
         self, request: pb.ResolveRequest, context: grpc.aio.ServicerContext
     ) -> pb.ResolveReply:
@@ -159,6 +178,31 @@ class RemoteAuthority:
                 left=_signed(each.left),
             )
             for each in reply.standings
+        ]
+
+    async def open_leases(self, holder: str, *, epoch: str) -> Sequence[OpenLease]:
+        """See `QuotaAuthority.open_leases`.
+
+        Raises:
+            QuotaUnavailable: it does not answer.
+        """
+        request = pb.ListOpenLeasesRequest(holder=holder, epoch=epoch)
+        try:
+            reply = await self._stub.ListOpenLeases(
+                request, metadata=self._metadata, timeout=CALL_S
+            )
+        except grpc.aio.AioRpcError as error:
+            raise unavailable(_why(error)) from error
+        return [
+            OpenLease(
+                lease_id=each.lease_id,
+                limit_name=each.limit_name,
+                period=each.period,
+                epoch=each.epoch,
+                granted=_amount(each.granted),
+                spent=_amount(each.spent),
+            )
+            for each in reply.leases
         ]
 
     async def resolve(self, lease_id: str, *, spent: int) -> None:

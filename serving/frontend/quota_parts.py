@@ -6,8 +6,10 @@ is leased from there.
 """
 
 import asyncio
+from collections.abc import Callable
 
 from headrace.serving import log
+from headrace.serving.admission.lease import OpenLease
 from headrace.serving.admission.lease_keeper import LeaseKeeper
 from headrace.serving.admission.quota import Quota
 from headrace.serving.admission.quota_store import LimitsSource, LimitStore
@@ -33,6 +35,7 @@ class QuotaParts:
     ) -> None:
         """Nothing is opened before `open`. `epoch` names this life of this frontend."""
         self._config = config
+        self._epoch = epoch
         self._following: asyncio.Task[None] | None = None
         self._local: AuthorityThread | None = None
         self._remote: RemoteAuthority | None = None
@@ -77,6 +80,28 @@ class QuotaParts:
         else:
             await self._follow_authority()
         self.leases.start()
+
+    async def resolve_former_lives(self, spent_of: Callable[[OpenLease], int | None]) -> int:
+        """Give back what former lives of this frontend leased and did not spend; how many leases.
+
+        To be called once their meter log is settled. `spent_of` answers from it what requests of
+        that limit, period and epoch were charged, in femto-currency; None where it cannot say:
+        then all of the lease stays spent.
+
+        Raises:
+            QuotaUnavailable: the authority does not answer; nothing is lost by a later try.
+        """
+        authority = self._local or self._remote
+        assert authority is not None
+        resolved = 0
+        for lease in await authority.open_leases(self._config.quota.holder, epoch=self._epoch):
+            spent = spent_of(lease)
+            if spent is not None:
+                # A request that outlived its period is charged to the one that began it.
+                within = min(max(spent, lease.spent), max(lease.granted, lease.spent))
+                await authority.resolve(lease.lease_id, spent=within)
+                resolved += 1
+        return resolved
 
     def follow(self) -> None:
         """Begin to look whether limits have changed, unless that is under way. Never waits."""

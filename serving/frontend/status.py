@@ -30,7 +30,7 @@ def status_of(error: ServingError) -> Status:
             field=error.field, description=error.what[:TEXT_CHARS_MAX], reason=error.reason
         )
         details.append(BadRequest(field_violations=[violation]))
-    if isinstance(error, LimitExceeded):
+    if isinstance(error, LimitExceeded) and error.metric:
         info.metadata["quota_metric"] = error.metric
         info.metadata["quota_limit_value"] = str(error.limit)
         info.metadata["quota_subject"] = error.subject

@@ -114,6 +114,36 @@ class QuotaStanding(_message.Message):
     left: str
     def __init__(self, limit: _Optional[_Union[QuotaLimit, _Mapping]] = ..., period: _Optional[str] = ..., total: _Optional[str] = ..., spent: _Optional[str] = ..., held: _Optional[str] = ..., left: _Optional[str] = ...) -> None: ...
 
+class ListOpenLeasesRequest(_message.Message):
+    __slots__ = ("holder", "epoch")
+    HOLDER_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    holder: str
+    epoch: str
+    def __init__(self, holder: _Optional[str] = ..., epoch: _Optional[str] = ...) -> None: ...
+
+class ListOpenLeasesReply(_message.Message):
+    __slots__ = ("leases",)
+    LEASES_FIELD_NUMBER: _ClassVar[int]
+    leases: _containers.RepeatedCompositeFieldContainer[OpenLease]
+    def __init__(self, leases: _Optional[_Iterable[_Union[OpenLease, _Mapping]]] = ...) -> None: ...
+
+class OpenLease(_message.Message):
+    __slots__ = ("lease_id", "limit_name", "period", "epoch", "granted", "spent")
+    LEASE_ID_FIELD_NUMBER: _ClassVar[int]
+    LIMIT_NAME_FIELD_NUMBER: _ClassVar[int]
+    PERIOD_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    GRANTED_FIELD_NUMBER: _ClassVar[int]
+    SPENT_FIELD_NUMBER: _ClassVar[int]
+    lease_id: str
+    limit_name: str
+    period: str
+    epoch: str
+    granted: str
+    spent: str
+    def __init__(self, lease_id: _Optional[str] = ..., limit_name: _Optional[str] = ..., period: _Optional[str] = ..., epoch: _Optional[str] = ..., granted: _Optional[str] = ..., spent: _Optional[str] = ...) -> None: ...
+
 class ResolveRequest(_message.Message):
     __slots__ = ("lease_id", "spent")
     LEASE_ID_FIELD_NUMBER: _ClassVar[int]

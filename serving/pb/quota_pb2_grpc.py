@@ -54,6 +54,11 @@ class QuotaStub:
                 request_serializer=headrace_dot_v1_dot_quota__pb2.ListStandingsRequest.SerializeToString,
                 response_deserializer=headrace_dot_v1_dot_quota__pb2.ListStandingsReply.FromString,
                 _registered_method=True)
+        self.ListOpenLeases = channel.unary_unary(
+                '/headrace.v1.Quota/ListOpenLeases',
+                request_serializer=headrace_dot_v1_dot_quota__pb2.ListOpenLeasesRequest.SerializeToString,
+                response_deserializer=headrace_dot_v1_dot_quota__pb2.ListOpenLeasesReply.FromString,
+                _registered_method=True)
         self.Resolve = channel.unary_unary(
                 '/headrace.v1.Quota/Resolve',
                 request_serializer=headrace_dot_v1_dot_quota__pb2.ResolveRequest.SerializeToString,
@@ -92,8 +97,16 @@ class QuotaServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListOpenLeases(self, request, context):
+        """Budgets' leases that former lives of a frontend left open: what its successor, who has their
+        meter log, resolves.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Resolve(self, request, context):
-        """Closes leases of a dead frontend: what its meter log says was charged is spent, the rest is
+        """Closes a lease of a dead frontend: what its meter log says was charged is spent, the rest is
         free again. Idempotent.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -117,6 +130,11 @@ def add_QuotaServicer_to_server(servicer, server):
                     servicer.ListStandings,
                     request_deserializer=headrace_dot_v1_dot_quota__pb2.ListStandingsRequest.FromString,
                     response_serializer=headrace_dot_v1_dot_quota__pb2.ListStandingsReply.SerializeToString,
+            ),
+            'ListOpenLeases': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListOpenLeases,
+                    request_deserializer=headrace_dot_v1_dot_quota__pb2.ListOpenLeasesRequest.FromString,
+                    response_serializer=headrace_dot_v1_dot_quota__pb2.ListOpenLeasesReply.SerializeToString,
             ),
             'Resolve': grpc.unary_unary_rpc_method_handler(
                     servicer.Resolve,
@@ -210,6 +228,33 @@ class Quota:
             '/headrace.v1.Quota/ListStandings',
             headrace_dot_v1_dot_quota__pb2.ListStandingsRequest.SerializeToString,
             headrace_dot_v1_dot_quota__pb2.ListStandingsReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListOpenLeases(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/headrace.v1.Quota/ListOpenLeases',
+            headrace_dot_v1_dot_quota__pb2.ListOpenLeasesRequest.SerializeToString,
+            headrace_dot_v1_dot_quota__pb2.ListOpenLeasesReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -8,6 +8,7 @@ import grpc
 import grpc.aio
 import pytest
 
+from headrace.serving.admission import quota_thread
 from headrace.serving.admission.lease_keeper import LeaseKeeper
 from headrace.serving.admission.quota import Quota
 from headrace.serving.admission.quota_thread import AuthorityThread
@@ -20,7 +21,12 @@ from headrace.serving.domain.limit import Limit, Metric
 from headrace.serving.domain.record import Caller
 from headrace.serving.domain.request import Sampling
 from headrace.serving.domain.usage import Outcome, Price, Usage
-from headrace.serving.errors import BudgetExhausted, ConcurrencyExceeded, QuotaUnavailable
+from headrace.serving.errors import (
+    BudgetExhausted,
+    ConcurrencyExceeded,
+    ConfigRefused,
+    QuotaUnavailable,
+)
 from headrace.v1 import quota_pb2, quota_pb2_grpc
 
 TOKEN = "a token of at least sixteen bytes"
@@ -169,6 +175,22 @@ def test_while_the_authority_is_away_a_slice_is_served_and_spending_is_not_lost(
         await cluster.frontends_stop()
         (standing,) = await cluster.authority.standings()
         assert standing.spent == charge
+
+    play(tmp_path, story, BUDGET)
+
+
+def test_a_book_has_one_authority(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(quota_thread, "LOCK_TRIES", 1)
+    monkeypatch.setattr(quota_thread, "LOCK_PAUSE_S", 0)
+
+    async def story(cluster: Cluster) -> None:
+        second = AuthorityThread(tmp_path / "quota.db", clock=SystemClock())
+        with pytest.raises(ConfigRefused, match="Another process"):
+            await second.open([BUDGET])
+        await cluster.authority_stops()
+        await second.open([BUDGET])
+        await second.close()
+        await cluster.authority_starts()
 
     play(tmp_path, story, BUDGET)
 

@@ -180,6 +180,39 @@ def test_a_budget_outlives_its_frontend(tmp_path: Path):
     play(tmp_path, look, budget)
 
 
+def test_a_killed_frontends_slice_is_given_back_when_its_meter_log_was_read(tmp_path: Path):
+    """Killed between a grant and its report: all of the slice is spent, until the log says less."""
+    budget = {"subject": DEMO, "metric": "budget_nano_total", "limit": 10_000, "hard": True}
+
+    async def dies(platform: Platform) -> None:
+        charge = await platform.stub.GenerateUnary(asking(), metadata=platform.metadata)
+        assert charge.charge.nano == 1_150
+        leases = platform.frontend.quota.leases
+
+        async def says_nothing() -> None:
+            assert leases._task is not None
+            leases._task.cancel()
+
+        leases.close = says_nothing
+
+    async def succeeds(platform: Platform) -> None:
+        (before,) = await standings(platform)
+        asked = []
+        resolved = await platform.frontend.quota.resolve_former_lives(
+            lambda lease: asked.append(lease) or 1_150 * 10**6
+        )
+        (after,) = await standings(platform)
+
+        assert resolved == 1
+        assert asked[0].limit_name == f"{DEMO}|*|budget_nano_total|USD"
+        assert before.held > 0
+        assert (after.spent, after.held) == (1_150 * 10**6, 0)
+        assert await platform.frontend.quota.resolve_former_lives(lambda _: 0) == 0
+
+    play(tmp_path, dies, budget)
+    play(tmp_path, succeeds, budget)
+
+
 def test_a_spent_soft_budget_warns_and_serves(tmp_path: Path):
     async def story(platform: Platform) -> None:
         told: dict[str, str] = {}
