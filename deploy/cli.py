@@ -35,6 +35,8 @@ VERBS = {
     "meterlog": "verify and print the log that usage is charged by",
     "receipts": "show what requests were promised and got",
     "sla": "state what a month promised and gave, signed",
+    "limits": "set, list and remove rates, numbers in use and budgets",
+    "budgets": "show what of each budget is spent, held and left",
     "bench": "measure against the peers that are installed",
     "doctor": "check this machine and installation",
 }

@@ -17,10 +17,11 @@ from headrace.serving.config_accounts import AccountsConfig, OperatorIssuer
 from headrace.serving.config_reader import Reader, bounded, override, port, read_yaml
 from headrace.serving.config_tiers import TiersConfig
 from headrace.serving.domain.artifact import Precision
+from headrace.serving.domain.limit import Limit, check_limit
 from headrace.serving.domain.scope import network
 from headrace.serving.domain.tier import Tier
 from headrace.serving.domain.usage import Price
-from headrace.serving.errors import ConfigRefused
+from headrace.serving.errors import ConfigRefused, InvalidRequest
 
 CONFIG_FILE = "config.yaml"
 SECRET_BYTES_MAX = 4096
@@ -171,6 +172,19 @@ class LedgerConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class QuotaConfig:
+    """How limits are shared between frontends."""
+
+    authority: str | None = None
+    """host:port of the directory whose process keeps all limits and leases slices of them. Unset:
+    this frontend is the only one; its limits are `limits:` here and those that
+    `headrace limits set` made in this home."""
+    holder: str = "frontend"
+    """Names this frontend, the same over all its lives, different from every other's: the pod's
+    name of a StatefulSet."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TelemetryConfig:
     """OpenTelemetry traces. Off unless an endpoint is set."""
 
@@ -200,6 +214,11 @@ class Config:
     operators: tuple[OperatorIssuer, ...] = ()
     ledger: LedgerConfig = field(default_factory=LedgerConfig)
     tiers: TiersConfig = field(default_factory=TiersConfig)
+    limits: tuple[Limit, ...] = ()
+    """Rates, numbers in use and budgets of organisations, projects and keys; read again when the
+    file changes. One that an operator set with `headrace limits set` stands in place of the one
+    here for the same subject, model and metric."""
+    quota: QuotaConfig = field(default_factory=QuotaConfig)
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
 
     @classmethod
@@ -276,6 +295,14 @@ class Config:
     @property
     def prices_dir(self) -> Path:
         return self.home / "prices"
+
+    @property
+    def limits_path(self) -> Path:
+        return self.home / "limits.db"
+
+    @property
+    def quota_path(self) -> Path:
+        return self.home / "quota.db"
 
     @property
     def keys_path(self) -> Path:
@@ -409,6 +436,7 @@ def _consistent(config: Config, where: str) -> Config:
             fix="Write it like https://openmeter.example/api/v1/events.",
             field="ledger.sink_url",
         )
+    _check_limits(config, where)
     host, colon, port = config.directory.address.rpartition(":")
     if not (host and colon and port.isdecimal() and int(port) <= 65_535):
         raise ConfigRefused(
@@ -431,6 +459,38 @@ def _check_networks(proxies: Sequence[str], where: str) -> None:
                 fix="Write it like 10.0.0.0/8 or fd00::/8.",
                 field="frontend.trusted_proxies",
             ) from error
+
+
+def _check_limits(config: Config, where: str) -> None:
+    """Each limit means something, has one home, and its money is the price book's."""
+    names: set[str] = set()
+    for number, limit in enumerate(config.limits):
+        path = f"limits[{number}]"
+        try:
+            check_limit(limit)
+        except InvalidRequest as error:
+            raise ConfigRefused(
+                f"{where}: {path}: {error.what}",
+                why=error.why,
+                fix=error.fix,
+                field=f"{path}.{error.field}",
+            ) from error
+        if limit.name in names:
+            raise ConfigRefused(
+                f"{where}: {path} limits {limit.metric} of {limit.subject} a second time.",
+                why="A limit must have one home.",
+                fix="Merge the two entries.",
+                field=path,
+            )
+        names.add(limit.name)
+        if limit.metric.is_budget and limit.currency != config.prices.currency:
+            raise ConfigRefused(
+                f"{where}: {path} is in {limit.currency}, the prices are in "
+                f"{config.prices.currency}.",
+                why="Nothing is converted.",
+                fix=f"Write `currency: {config.prices.currency}` there.",
+                field=f"{path}.currency",
+            )
 
 
 def _check_whole_rates(book: PricesConfig, where: str) -> None:

@@ -146,11 +146,11 @@ class Reader:
 
 
 _KINDS: Mapping[type, str] = {
+    bool: "true or false",
     int: "a whole number",
     float: "a number",
     str: "a text that is not empty",
     Path: "a path",
-    bool: "true or false",
 }
 
 

@@ -18,6 +18,7 @@
   x Overloaded              UNAVAILABLE          our limit: retry later or elsewhere
   x Draining                UNAVAILABLE          this frontend is shutting down
   x MeterUnavailable        UNAVAILABLE          usage cannot be recorded
+  x QuotaUnavailable        UNAVAILABLE          a shared limit's authority does not answer
   x DeadlineExceeded        DEADLINE_EXCEEDED    the caller's deadline passed
   x EngineFault             INTERNAL             the device failed under the request
   x ConfigRefused           FAILED_PRECONDITION  the configuration or the home folder is not usable
@@ -191,6 +192,11 @@ class Draining(ServingError):
 class MeterUnavailable(ServingError):
     code = Code.UNAVAILABLE
     reason = "METER_UNAVAILABLE"
+
+
+class QuotaUnavailable(ServingError):
+    code = Code.UNAVAILABLE
+    reason = "QUOTA_UNAVAILABLE"
 
 
 class DeadlineExceeded(ServingError):

@@ -203,6 +203,11 @@ def sink_reached(*, sink: str) -> None:
     _event(logging.WARNING, "sink_reached", sink=sink)
 
 
+def limits_changed(*, limits: int) -> None:
+    """Another set of limits is in force."""
+    _event(logging.INFO, "limits_changed", limits=limits)
+
+
 def refused(error: ServingError, *, during: str) -> None:
     """A refusal that reaches no caller, for example of a background task."""
     _event(

@@ -1,6 +1,7 @@
 """One request, from accepted to settled. Knows no transport and no cluster.
 
-    wait for a replica -> open the record -> submit -> chunks … -> settle -> Settled
+    reserve of the caller's limits -> wait for a replica -> open the record -> submit -> chunks …
+    -> settle -> Settled
 
 Every exit settles exactly once: the last token, a client that hung up, a deadline, a fault. A lost
 replica is not an exit: its answers go on elsewhere, from the tokens that had arrived, and what is
@@ -12,6 +13,8 @@ import secrets
 from collections.abc import AsyncGenerator, Coroutine
 
 from headrace.serving import log
+from headrace.serving.admission.quota import Quota
+from headrace.serving.admission.quota_hold import Hold
 from headrace.serving.clock import Clock
 from headrace.serving.domain.generate import Chunk, Generate, Settled
 from headrace.serving.domain.record import Opening, Refused, Settlement
@@ -48,8 +51,10 @@ class Pipeline:
         metrics: Metrics,
         clock: Clock,
         tiers: Tiers | None = None,
+        quota: Quota | None = None,
     ) -> None:
-        """Prepare. Without `tiers` no capacity is held for anyone."""
+        """Without `tiers` no capacity is held for anyone; without a `quota` nobody has limits."""
+        self._quota = quota or Quota(clock=clock)
         self._fleet = fleet
         self._tiers = tiers
         self._meter = meter
@@ -69,6 +74,8 @@ class Pipeline:
 
         Raises:
             AlreadyServed, MeterUnavailable, ModelNotFound, Overloaded: before any work.
+            LimitExceeded, QuotaUnavailable: a limit of the caller's, before any work. A hard
+                budget that is spent later is no error: the answers finish with BUDGET.
             DeadlineExceeded: what was delivered is charged.
             EngineFault: every replica tried was lost, or the engine refused; not charged.
         """
@@ -79,7 +86,7 @@ class Pipeline:
                 for chunk in await self._next_chunks(run):
                     yield chunk
                     self._delivered(run, chunk)
-            ending = Outcome.OK
+            ending = _whole(run)
         except (GeneratorExit, asyncio.CancelledError):
             ending = self._ending_of_leaver(request)
             raise
@@ -108,7 +115,7 @@ class Pipeline:
                     chunks.append(chunk)
             for chunk in chunks:
                 run.tally.delivered(chunk)
-            ending = Outcome.OK
+            ending = _whole(run)
         except asyncio.CancelledError:
             ending = self._ending_of_leaver(request)
             raise
@@ -157,13 +164,18 @@ class Pipeline:
         return run
 
     async def _open(self, request: Generate, span: Span | None) -> Run:
+        hold: Hold | None = None
         try:
+            hold = await self._quota.admit(request)
             placement = await self._fleet.place(request)
-        except asyncio.CancelledError:
-            ending = self._ending_of_leaver(request)
-            if span is not None:
-                span.end(SpanEnd(outcome=ending, usage=Usage()))
-            self._keep(self._write_refusal(self._refusal_of(request, ending)))
+        except BaseException as error:
+            if hold is not None:
+                hold.release()
+            if isinstance(error, asyncio.CancelledError):
+                ending = self._ending_of_leaver(request)
+                if span is not None:
+                    span.end(SpanEnd(outcome=ending, usage=Usage()))
+                self._keep(self._write_refusal(self._refusal_of(request, ending)))
             raise
         opening = Opening(
             tenant_id=request.caller.tenant_id,
@@ -179,6 +191,7 @@ class Pipeline:
         run = Run(
             request,
             placement,
+            hold=hold,
             clock=self._clock,
             metrics=self._metrics.model(request.model),
             span=span,
@@ -190,6 +203,9 @@ class Pipeline:
             # The record may exist by the time the caller is gone, so it is closed behind it.
             self._keep(self._settle_after(opened, run, self._ending_of_leaver(request)))
             raise
+        except BaseException:
+            hold.release()
+            raise
         run.start()
         return run
 
@@ -199,7 +215,7 @@ class Pipeline:
         arrived = await inbox.take()
         if arrived:
             chunks = (run.chunk(index, arrived[index]) for index in sorted(arrived))
-            return [chunk for chunk in chunks if chunk is not None]
+            return await run.covered([chunk for chunk in chunks if chunk is not None])
         if inbox.has_expired:
             raise DeadlineExceeded(
                 "The deadline passed before the answer was complete.",
@@ -282,8 +298,10 @@ class Pipeline:
                     error=error,
                 )
             )
+        if ending is Outcome.BUDGET:
+            self._quota.over_budget(run.hold)
         task = self._keep(self._write_settlement(run, ending, error))
-        if ending is Outcome.OK:
+        if ending in (Outcome.OK, Outcome.BUDGET):
             return await asyncio.shield(task)
         await asyncio.wait({task})
         return 0
@@ -324,6 +342,7 @@ class Pipeline:
         try:
             await opened
         except ServingError:
+            run.hold.release()
             return 0
         if run.span is not None:
             run.span.end(SpanEnd(outcome=ending, usage=Usage()))
@@ -352,20 +371,24 @@ class Pipeline:
         run.receipt = receipt_of(request.terms, measured, ending, error)
         charge_femto = outcomes.charge_femto(request.price, usage, ending)
         charge_nano = nano_of(charge_femto)
-        await self._meter.settle(
-            Settlement(
-                tenant_id=request.caller.tenant_id,
-                request_id=request.request_id,
-                usage=usage,
-                outcome=ending,
-                charge_femto=charge_femto,
-                version=run.placement.replica.version,
-                first_token_unix_ms=run.first_token_unix_ms,
-                settled_unix_ms=self._clock.unix_ms(),
-                replicas_tried=run.replicas_tried,
-                receipt=run.receipt,
-            )
+        settlement = Settlement(
+            tenant_id=request.caller.tenant_id,
+            request_id=request.request_id,
+            usage=usage,
+            outcome=ending,
+            charge_femto=charge_femto,
+            version=run.placement.replica.version,
+            first_token_unix_ms=run.first_token_unix_ms,
+            settled_unix_ms=self._clock.unix_ms(),
+            replicas_tried=run.replicas_tried,
+            receipt=run.receipt,
         )
+        try:
+            await self._meter.settle(settlement)
+        finally:
+            # Paid even if the log has failed: its successor settles what the disk has, and a budget
+            # that gave the money back would pay for that a second time.
+            run.hold.settle(usage=usage, outcome=ending, charge_femto=charge_femto)
         run.metrics.settled(ending, usage)
         log.request_settled(
             request_id=request.request_id,
@@ -386,3 +409,8 @@ class Pipeline:
 
 _MOVABLE = (EngineFault, Overloaded, Draining)
 """What another replica might do better."""
+
+
+def _whole(run: Run) -> Outcome:
+    """How a request ended whose answers are all out: by themselves, or where the money did."""
+    return Outcome.BUDGET if run.is_over_budget else Outcome.OK

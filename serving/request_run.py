@@ -1,13 +1,15 @@
 """A request while it runs: which answers run where, and what of them has arrived."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from headrace.serving.admission.quota_hold import Hold
 from headrace.serving.clock import Clock
 from headrace.serving.domain.generate import Chunk, Generate, Settled
 from headrace.serving.domain.request import Delta, FinishReason, SequenceSpec
 from headrace.serving.domain.tier import Promise, Receipt
+from headrace.serving.domain.usage import Usage
 from headrace.serving.errors import ServingError
 from headrace.serving.inbox import Inbox
 from headrace.serving.observe import ModelMetrics
@@ -46,15 +48,22 @@ class Run:
         request: Generate,
         placement: Placement,
         *,
+        hold: Hold,
         clock: Clock,
         metrics: ModelMetrics,
         span: Span | None,
     ) -> None:
         self.request = request
+        self.hold = hold
+        """What it holds of its caller's limits; settled or released by the pipeline."""
+        self.is_over_budget = False
+        """A hard budget has ended it."""
         self.metrics = metrics
         self.placement = placement
         self.inbox = Inbox()
         self.tally = Tally(request)
+        self._covered = Usage()
+        """What the caller has, or is about to get."""
         self.left: set[str] = set()
         self.replicas_tried = 1
         self.span = span
@@ -138,6 +147,27 @@ class Run:
         if not (delta.token_ids or delta.text or delta.finish or delta.cached_tokens):
             return None
         return Chunk(index, delta, self.tally.after(index, delta))
+
+    async def covered(self, chunks: Sequence[Chunk]) -> list[Chunk]:
+        """The chunks that the caller's budgets cover, which is all of them but once.
+
+        Where the money ends, so do the answers, at once: what is not covered is never delivered,
+        and each answer that has not finished finishes with BUDGET.
+        """
+        for number, chunk in enumerate(chunks):
+            if not (self.hold.covers(chunk.usage) or await self.hold.extend(chunk.usage)):
+                return [*chunks[:number], *self._end_over_budget(chunks[number:])]
+            self._covered = chunk.usage
+        return list(chunks)
+
+    def _end_over_budget(self, withheld: Sequence[Chunk]) -> list[Chunk]:
+        """Stop the engine; what each answer that has not finished ends with."""
+        self.abort()
+        self.is_over_budget = True
+        self._unfinished |= {chunk.index for chunk in withheld if chunk.delta.finish}
+        ended, self._unfinished = sorted(self._unfinished), set()
+        self.finishes |= dict.fromkeys(ended, FinishReason.BUDGET)
+        return [Chunk(each, Delta(finish=FinishReason.BUDGET), self._covered) for each in ended]
 
     def leave_replica(self) -> Departure:
         """Abort what runs there and forget the replica."""

@@ -84,9 +84,10 @@ def _add_meter(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
 def _add_admission(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     admission = kinds.add_parser(
         "admission",
-        help="what it costs to know who calls and whether they may",
-        description="One thread, no I/O. A few seconds.",
+        help="what it costs to know who calls, and to decide over their limits and budgets",
+        description="Key checks, and decisions over six limits and over none. Half a minute.",
     )
+    admission.add_argument("--rounds", type=int, default=5, help="rounds of 5,000 requests (5)")
     _add_common(admission)
     admission.set_defaults(run=_admission)
 
@@ -171,10 +172,15 @@ def _meter(args: argparse.Namespace) -> int:
 
 
 def _admission(args: argparse.Namespace) -> int:
-    from headrace.deploy.bench import admission
+    from headrace.deploy.bench import admission, quota
 
     home = Config.load(args.home).home
-    return _show(admission.run(home, _tell), home, args)
+    report = admission.run(home, _tell)
+    options = quota.Options(rounds=_positive(args.rounds, "--rounds"))
+    limits = quota.bench_quota(options, home, _tell)
+    report.rows += limits.rows
+    report.notes += limits.notes
+    return _show(report, home, args)
 
 
 def _tiers(args: argparse.Namespace) -> int:

@@ -17,7 +17,7 @@ from headrace.serving import log
 from headrace.serving.channel.convert import facts_from_wire, facts_to_wire
 from headrace.serving.channel.credentials import require_token, token_metadata
 from headrace.serving.router.endpoint import ReplicaFacts
-from headrace.v1 import directory_pb2, directory_pb2_grpc
+from headrace.v1 import directory_pb2, directory_pb2_grpc, quota_pb2_grpc
 
 ANNOUNCE_S = 1.0
 SILENCE_S = 5.0
@@ -146,7 +146,15 @@ class Directory(directory_pb2_grpc.DirectoryServicer):
 class DirectoryServer:
     """The directory on a port of its own; in the frontend's process on one machine."""
 
-    def __init__(self, *, cluster_token: str, address: str) -> None:
+    def __init__(
+        self,
+        *,
+        cluster_token: str,
+        address: str,
+        quota: quota_pb2_grpc.QuotaServicer | None = None,
+    ) -> None:
+        """`quota` is served there too: what frontends share has one address."""
+        self._quota = quota
         self.directory = Directory(cluster_token=cluster_token)
         self._bind = address
         self._server = grpc.aio.server(options=list(_OPTIONS))
@@ -158,6 +166,8 @@ class DirectoryServer:
             RuntimeError: the address is taken.
         """
         directory_pb2_grpc.add_DirectoryServicer_to_server(self.directory, self._server)
+        if self._quota is not None:
+            quota_pb2_grpc.add_QuotaServicer_to_server(self._quota, self._server)
         port = self._server.add_insecure_port(self._bind)
         await self._server.start()
         return f"{self._bind.rpartition(':')[0]}:{port}"

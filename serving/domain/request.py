@@ -14,6 +14,8 @@ class FinishReason(StrEnum):
     LENGTH = "length"
     CANCELLED = "cancelled"
     DEADLINE = "deadline"
+    BUDGET = "budget"
+    """A hard budget of the caller's was spent. Given by the frontend, never by an engine."""
     ERROR = "error"
 
 

@@ -309,6 +309,7 @@ _FINISH: Mapping[FinishReason | None, pb.FinishReason] = {
     None: pb.FINISH_REASON_UNSPECIFIED,
     FinishReason.STOP: pb.FINISH_REASON_STOP,
     FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
+    FinishReason.BUDGET: pb.FINISH_REASON_BUDGET,
 }
 
 

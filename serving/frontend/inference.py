@@ -2,15 +2,16 @@
 
 import asyncio
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import Executor
-from contextlib import aclosing
+from contextlib import aclosing, asynccontextmanager
 
 import grpc.aio
 
 from headrace.serving import log
 from headrace.serving.admission.authenticate import Authenticator
 from headrace.serving.admission.permit import check_model, check_tier
+from headrace.serving.admission.quota import Quota
 from headrace.serving.admission.tiers import TierDesk
 from headrace.serving.channel.fleet import ReplicaFleet
 from headrace.serving.clock import Clock
@@ -24,6 +25,7 @@ from headrace.serving.engine import structured
 from headrace.serving.errors import (
     DeadlineExceeded,
     Draining,
+    LimitExceeded,
     Overloaded,
     ServingError,
     UnknownUnit,
@@ -32,6 +34,7 @@ from headrace.serving.frontend import convert, rules
 from headrace.serving.frontend.convert import Acceptance, ChunkWriter
 from headrace.serving.frontend.interceptors import caller
 from headrace.serving.frontend.model_shelf import ModelShelf
+from headrace.serving.frontend.quota_metadata import quota_metadata
 from headrace.serving.observe import Metrics
 from headrace.serving.pipeline import Pipeline
 from headrace.serving.receipts import receipt_of
@@ -99,6 +102,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         self,
         *,
         pipeline: Pipeline,
+        quota: Quota,
         fleet: ReplicaFleet,
         shelf: ModelShelf,
         authenticator: Authenticator,
@@ -111,6 +115,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         clock: Clock,
     ) -> None:
         self._pipeline = pipeline
+        self._quota = quota
         self._fleet = fleet
         self._shelf = shelf
         self._authenticator = authenticator
@@ -130,8 +135,12 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             with self._metrics.stream():
                 writer = ChunkWriter(accepted.request_id)
                 span = self._start_span(accepted, request, context, stream=True)
-                async with aclosing(self._pipeline.generate(accepted, span=span)) as events:
+                async with (
+                    self._telling_limits(accepted, context) as tell,
+                    aclosing(self._pipeline.generate(accepted, span=span)) as events,
+                ):
                     async for event in events:
+                        await tell()
                         if isinstance(event, generate.Settled):
                             await context.write(writer.done(event))
                         else:
@@ -146,7 +155,9 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         try:
             with self._metrics.stream():
                 span = self._start_span(accepted, request, context, stream=False)
-                chunks, settled = await self._pipeline.answer(accepted, span=span)
+                async with self._telling_limits(accepted, context) as tell:
+                    chunks, settled = await self._pipeline.answer(accepted, span=span)
+                    await tell()
             return convert.response_to_wire(accepted.request_id, accepted.n, chunks, settled)
         finally:
             self._gate.leave()
@@ -266,6 +277,32 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         return convert.generate_from_wire(
             message, ids=ids, model=model, served=served, acceptance=acceptance
         )
+
+    @asynccontextmanager
+    async def _telling_limits(
+        self, accepted: generate.Generate, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[Callable[[], Awaitable[None]]]:
+        """Gives a function that sends the caller's limits as initial metadata, once.
+
+        To be called before the first chunk; the refusal of a limit sends them by itself.
+        """
+        was_told = False
+
+        async def tell() -> None:
+            nonlocal was_told
+            if not was_told:
+                was_told = True
+                pairs = quota_metadata(
+                    self._quota, accepted.caller, accepted.model, accepted.price.currency
+                )
+                if pairs:
+                    await context.send_initial_metadata(pairs)
+
+        try:
+            yield tell
+        except LimitExceeded:
+            await tell()
+            raise
 
     def _start_span(
         self,

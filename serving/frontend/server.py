@@ -8,6 +8,7 @@ uvloop, 65 us with asyncio's own loop.
 import asyncio
 import contextlib
 import ssl
+import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -37,8 +38,10 @@ from headrace.serving.frontend.inference import Gate, InferenceService
 from headrace.serving.frontend.interceptors import Edge
 from headrace.serving.frontend.model_shelf import Load, ModelShelf, load_from_artifact
 from headrace.serving.frontend.peer import Peers
+from headrace.serving.frontend.quota_parts import QuotaParts
 from headrace.serving.metering.books import Books
 from headrace.serving.observe import Metrics
+from headrace.serving.observe_quota import QuotaMetrics
 from headrace.serving.pipeline import Pipeline
 from headrace.serving.tracing import tracer
 from headrace.v1 import admin_pb2, admin_pb2_grpc, inference_pb2_grpc
@@ -94,8 +97,10 @@ class Frontend:
         self._on_meter_failed = on_meter_failed
         self._has_changed = asyncio.Event()
         self._stack = contextlib.AsyncExitStack()
+        self._epoch = uuid.uuid4().hex
         self.accounts: AccountView
         self.books: Books
+        self.quota: QuotaParts
         self.fleet: ReplicaFleet
         self.pipeline: Pipeline
         self.readiness: Readiness
@@ -128,6 +133,15 @@ class Frontend:
         stack.push_async_callback(asyncio.to_thread, traces.close)
         books = self.books = await asyncio.to_thread(self._open_books)
         stack.push_async_callback(asyncio.to_thread, books.close)
+        self.quota = QuotaParts(
+            config,
+            epoch=self._epoch,
+            cluster_token=token,
+            clock=self._clock,
+            metrics=QuotaMetrics(self.metrics.registry),
+        )
+        stack.push_async_callback(self.quota.close)
+        await self.quota.open()
         self.fleet = ReplicaFleet(
             cluster_token=token,
             clock=self._clock,
@@ -142,6 +156,7 @@ class Frontend:
             metrics=self.metrics,
             clock=self._clock,
             tiers=tiers,
+            quota=self.quota.quota,
         )
         stack.push_async_callback(self.pipeline.wait_settled)
         stack.push_async_callback(self.fleet.close)
@@ -150,6 +165,7 @@ class Frontend:
         )
         service = InferenceService(
             pipeline=self.pipeline,
+            quota=self.quota.quota,
             fleet=self.fleet,
             shelf=self._shelf,
             authenticator=authenticator,
@@ -221,6 +237,7 @@ class Frontend:
             self._config,
             clock=self._clock,
             metrics=self.metrics,
+            epoch=self._epoch,
             version=self._version,
             on_failed=self._on_meter_failed,
         )
@@ -228,7 +245,7 @@ class Frontend:
     async def _start_directory(self, token: str) -> str:
         address = self._config.directory.address
         if self._config.directory.hosted:
-            server = DirectoryServer(cluster_token=token, address=address)
+            server = DirectoryServer(cluster_token=token, address=address, quota=self.quota.service)
             try:
                 address = await server.start()
             except RuntimeError as error:
@@ -313,6 +330,7 @@ class Frontend:
             try:
                 self.fleet.sweep()
                 self.books.refresh_prices()
+                self.quota.follow()
                 for endpoint in self.fleet.endpoints:
                     self._shelf.expect(endpoint.facts)
                 await self.readiness.publish()

@@ -5,10 +5,10 @@ import grpc.aio
 from google.protobuf.any_pb2 import Any
 from google.protobuf.message import Message
 from google.rpc.code_pb2 import Code as RpcCode
-from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
+from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, QuotaFailure, RetryInfo
 from google.rpc.status_pb2 import Status
 
-from headrace.serving.errors import Code, ServingError
+from headrace.serving.errors import Code, LimitExceeded, ServingError
 
 DOMAIN = "headrace"
 DETAILS_KEY = "grpc-status-details-bin"
@@ -20,7 +20,7 @@ INTERNAL_TEXT = "An internal error ended the request. It was logged; nothing was
 
 
 def status_of(error: ServingError) -> Status:
-    """ErrorInfo always, BadRequest when a field is to blame, RetryInfo when waiting can help."""
+    """ErrorInfo always, and what fits: BadRequest, QuotaFailure, RetryInfo if waiting can help."""
     info = ErrorInfo(reason=error.reason, domain=DOMAIN)
     info.metadata["why"] = error.why[:TEXT_CHARS_MAX]
     info.metadata["fix"] = error.fix[:TEXT_CHARS_MAX]
@@ -30,6 +30,14 @@ def status_of(error: ServingError) -> Status:
             field=error.field, description=error.what[:TEXT_CHARS_MAX], reason=error.reason
         )
         details.append(BadRequest(field_violations=[violation]))
+    if isinstance(error, LimitExceeded) and error.metric:
+        info.metadata["quota_metric"] = error.metric
+        info.metadata["quota_limit_value"] = str(error.limit)
+        info.metadata["quota_subject"] = error.subject
+        exceeded = QuotaFailure.Violation(
+            subject=error.subject, description=error.what[:TEXT_CHARS_MAX]
+        )
+        details.append(QuotaFailure(violations=[exceeded]))
     if error.retry_after_ms is not None:
         retry = RetryInfo()
         retry.retry_delay.FromMilliseconds(error.retry_after_ms)

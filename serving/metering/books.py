@@ -6,7 +6,6 @@ nothing here.
 """
 
 import contextlib
-import uuid
 from collections.abc import Callable
 
 from headrace.serving import log
@@ -34,6 +33,7 @@ class Books:
         *,
         clock: Clock,
         metrics: Metrics,
+        epoch: str,
         version: str = "",
         on_failed: Callable[[str], None] = lambda _: None,
     ) -> None:
@@ -43,6 +43,7 @@ class Books:
             config: says where the books are.
             clock: of records and price books.
             metrics: of this frontend.
+            epoch: names this life of this frontend.
             version: of this build.
             on_failed: called on another thread once nothing can be recorded any more: the process
                 should end.
@@ -64,7 +65,7 @@ class Books:
                 config.meterlog_dir,
                 config=config.meter,
                 clock=clock,
-                epoch=uuid.uuid4().hex,
+                epoch=epoch,
                 version=version,
                 was_used=followers.was_used,
                 metrics=metrics,

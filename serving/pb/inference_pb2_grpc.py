@@ -51,12 +51,14 @@ class InferenceStub:
     DEADLINE_EXCEEDED   DEADLINE_EXCEEDED    the deadline passed; tokens already sent are charged
     ACCOUNTS_UNAVAILABLE  UNAVAILABLE        keys cannot be checked
     METER_UNAVAILABLE   UNAVAILABLE          usage cannot be recorded, so no work is accepted
+    QUOTA_UNAVAILABLE   UNAVAILABLE          a shared limit cannot be looked up now; retry
     ENGINE_FAULT        INTERNAL             every replica failed under the request; not charged
 
     Metadata that a call may carry: `idempotency-key` (1 to 128 printable characters, per tenant, kept
     for 24 h): the same key with the same request answers with the original result, once charged, and
     attaches to it while it runs. Initial metadata that answers carry: `x-ratelimit-limit-requests`,
-    `-remaining-requests`, `-reset-requests` and the same with `-tokens`, where a limit applies.
+    `-remaining-requests`, `-reset-requests` and the same with `-tokens`, where a limit applies (the
+    tightest one); `x-budget-warning` when a soft budget is spent.
     """
 
     def __init__(self, channel):
@@ -118,12 +120,14 @@ class InferenceServicer:
     DEADLINE_EXCEEDED   DEADLINE_EXCEEDED    the deadline passed; tokens already sent are charged
     ACCOUNTS_UNAVAILABLE  UNAVAILABLE        keys cannot be checked
     METER_UNAVAILABLE   UNAVAILABLE          usage cannot be recorded, so no work is accepted
+    QUOTA_UNAVAILABLE   UNAVAILABLE          a shared limit cannot be looked up now; retry
     ENGINE_FAULT        INTERNAL             every replica failed under the request; not charged
 
     Metadata that a call may carry: `idempotency-key` (1 to 128 printable characters, per tenant, kept
     for 24 h): the same key with the same request answers with the original result, once charged, and
     attaches to it while it runs. Initial metadata that answers carry: `x-ratelimit-limit-requests`,
-    `-remaining-requests`, `-reset-requests` and the same with `-tokens`, where a limit applies.
+    `-remaining-requests`, `-reset-requests` and the same with `-tokens`, where a limit applies (the
+    tightest one); `x-budget-warning` when a soft budget is spent.
     """
 
     def Generate(self, request, context):
@@ -224,12 +228,14 @@ class Inference:
     DEADLINE_EXCEEDED   DEADLINE_EXCEEDED    the deadline passed; tokens already sent are charged
     ACCOUNTS_UNAVAILABLE  UNAVAILABLE        keys cannot be checked
     METER_UNAVAILABLE   UNAVAILABLE          usage cannot be recorded, so no work is accepted
+    QUOTA_UNAVAILABLE   UNAVAILABLE          a shared limit cannot be looked up now; retry
     ENGINE_FAULT        INTERNAL             every replica failed under the request; not charged
 
     Metadata that a call may carry: `idempotency-key` (1 to 128 printable characters, per tenant, kept
     for 24 h): the same key with the same request answers with the original result, once charged, and
     attaches to it while it runs. Initial metadata that answers carry: `x-ratelimit-limit-requests`,
-    `-remaining-requests`, `-reset-requests` and the same with `-tokens`, where a limit applies.
+    `-remaining-requests`, `-reset-requests` and the same with `-tokens`, where a limit applies (the
+    tightest one); `x-budget-warning` when a soft budget is spent.
     """
 
     @staticmethod

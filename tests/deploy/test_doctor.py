@@ -163,7 +163,7 @@ def findings(config) -> dict[str, Status]:
 def test_the_books_are_checked_without_a_frontend(config):
     assert findings(config) == {"meter log": Status.OK, "ledger": Status.OK}
 
-    Books(config, clock=SystemClock(), metrics=Metrics()).close()
+    Books(config, clock=SystemClock(), metrics=Metrics(), epoch="life").close()
     assert findings(config) == {"meter log": Status.OK, "ledger": Status.OK}
 
     with config.ledger_path.open("r+b") as file:
@@ -174,7 +174,7 @@ def test_the_books_are_checked_without_a_frontend(config):
 def test_a_flipped_bit_of_the_meter_log_is_found(config):
     """Two lives: the first one's record is followed by others, so it cannot be a torn write."""
     for _ in range(2):
-        Books(config, clock=SystemClock(), metrics=Metrics()).close()
+        Books(config, clock=SystemClock(), metrics=Metrics(), epoch="life").close()
     (segment,) = config.meterlog_dir.glob("*.seg")
     content = bytearray(segment.read_bytes())
     content[content.index(b"\x08", fmt.HEADER_BYTES + fmt.FRAME_BYTES)] ^= 1

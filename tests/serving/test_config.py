@@ -8,6 +8,7 @@ import pytest
 from headrace.serving import config as config_module
 from headrace.serving.config import Config, ModelConfig, parse_assignment
 from headrace.serving.domain.artifact import Precision
+from headrace.serving.domain.limit import Metric
 from headrace.serving.errors import ConfigRefused
 
 
@@ -232,3 +233,63 @@ def test_every_number_in_the_configuration_has_bounds():
 
     assert len(kinds) >= 8
     assert unbounded == []
+
+
+def test_limits_are_read_with_their_defaults(tmp_path):
+    config = load(
+        tmp_path,
+        "limits:\n"
+        "  - {subject: 'project:acme/search', metric: output_tokens_per_min, limit: 50000}\n"
+        "  - {subject: 'organisation:acme', metric: budget_nano_per_month, limit: 9, hard: true}\n",
+    )
+
+    tokens, budget = config.limits
+    assert (tokens.model, tokens.burst_or_limit, tokens.hard) == (None, 50_000, False)
+    assert (budget.metric, budget.hard, budget.currency) == (Metric.BUDGET_MONTH, True, "USD")
+
+
+@pytest.mark.parametrize(
+    ("entry", "field"),
+    [
+        pytest.param("subject: acme, metric: kv_tokens, limit: 1", "limits[0].subject", id="whose"),
+        pytest.param("subject: 'key:k', metric: kv_tokens", "limits[0].limit", id="no number"),
+        pytest.param(
+            "subject: 'key:k', metric: kv_tokens, limit: -1", "limits[0].limit", id="negative"
+        ),
+        pytest.param(
+            "subject: 'key:k', metric: kv_tokens, limit: 9223372036854775808",
+            "limits[0].limit",
+            id="overflowing",
+        ),
+        pytest.param(
+            "subject: 'key:k', metric: kv_tokens, limit: 1.5", "limits[0].limit", id="a fraction"
+        ),
+        pytest.param(
+            "subject: 'key:k', metric: tokens, limit: 1", "limits[0].metric", id="of nothing"
+        ),
+        pytest.param(
+            "subject: 'key:k', metric: kv_tokens, limit: 1, burst: 2", "limits[0].burst", id="burst"
+        ),
+        pytest.param(
+            "subject: 'key:k', metric: budget_nano_total, limit: 1, hard: 1",
+            "limits[0].hard",
+            id="a number for a yes",
+        ),
+        pytest.param(
+            "subject: 'key:k', metric: budget_nano_total, limit: 1, currency: EUR",
+            "limits[0].currency",
+            id="another currency than the prices",
+        ),
+    ],
+)
+def test_a_limit_that_means_nothing_is_refused_by_its_path(tmp_path, entry, field):
+    with pytest.raises(ConfigRefused) as refusal:
+        load(tmp_path, f"limits: [{{{entry}}}]")
+
+    assert refusal.value.field == field
+
+
+def test_a_limit_stands_once(tmp_path):
+    entry = "{subject: 'key:k', metric: kv_tokens, limit: 1}"
+    with pytest.raises(ConfigRefused, match="a second time"):
+        load(tmp_path, f"limits: [{entry}, {entry}]")

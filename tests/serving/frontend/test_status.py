@@ -4,9 +4,9 @@ import grpc
 import pytest
 from google.protobuf.message import Message
 from google.rpc.code_pb2 import Code as RpcCode
-from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
+from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, QuotaFailure, RetryInfo
 
-from headrace.serving.errors import InvalidRequest, Overloaded, ServingError
+from headrace.serving.errors import InvalidRequest, Overloaded, QuotaExceeded, ServingError
 from headrace.serving.frontend.status import status_of
 
 
@@ -60,3 +60,24 @@ def test_a_long_sentence_does_not_burst_the_trailers() -> None:
     status = status_of(InvalidRequest("x" * 50_000, why="y" * 50_000, fix="z", field="n"))
 
     assert len(status.SerializeToString()) < 6_000
+
+
+def test_a_limit_of_the_callers_says_which_and_whose():
+    error = QuotaExceeded(
+        "The request needs 1 of the limit of 60 requests a minute.",
+        why="It is the limit of key:k1.",
+        fix="Wait.",
+        metric="requests_per_min",
+        limit=60,
+        subject="key:k1",
+        retry_after_ms=1_000,
+    )
+
+    info, failure = detail(error, ErrorInfo), detail(error, QuotaFailure)
+    assert isinstance(info, ErrorInfo)
+    assert isinstance(failure, QuotaFailure)
+    names = ("quota_metric", "quota_limit_value", "quota_subject")
+    assert [info.metadata[name] for name in names] == ["requests_per_min", "60", "key:k1"]
+    (violation,) = failure.violations
+    assert (violation.subject, violation.description) == ("key:k1", error.what)
+    assert detail(Overloaded("x", why="x", fix="x"), QuotaFailure) is None
