@@ -23,7 +23,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import cast
 
-from headrace.serving.config import ModelPrice, PricesConfig, TierPercents
+from headrace.serving.config_prices import ModelPrice, PricesConfig, TierPercents
 from headrace.serving.config_reader import read_yaml
 from headrace.serving.domain import units
 from headrace.serving.domain.tier import Tier
