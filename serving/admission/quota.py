@@ -12,6 +12,7 @@ Zen 5 core that other work shared (2026-11-27).
 from collections import OrderedDict, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from headrace.serving.admission.gcra import GaugeBucket, RateBucket
 from headrace.serving.admission.lease_bucket import LeasedBucket, Want
@@ -39,10 +40,19 @@ from headrace.serving.domain.units import (
     REASONING,
 )
 from headrace.serving.domain.usage import Price
+from headrace.serving.errors import LimitExceeded
 from headrace.serving.observe_quota import Decision, QuotaMetrics
 
 CALLERS_MAX = 10_000
 """Callers times models whose limits are looked up once: 10 MB."""
+
+
+class Short(NamedTuple):
+    """Why a request cannot begin."""
+
+    limit: Limit
+    bucket: Bucket
+    want: Want
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,20 +118,20 @@ class Quota:
         rounds = 0
         came = True
         while not isinstance(hold, Hold):
-            bucket, want = hold
+            bucket, want = hold.bucket, hold.want
             if not came or rounds >= ROUNDS_MAX or not isinstance(bucket, LeasedBucket):
-                raise self._refusal(bucket, want.need)
+                raise self._refusal(hold)
             assert self._leases is not None
             came = await self._leases.acquire(bucket, want)
             rounds += 1
             hold = self.decide(request)
-            if not isinstance(hold, Hold) and hold[0] is not bucket:
+            if not isinstance(hold, Hold) and hold.bucket is not bucket:
                 came = True  # Another one is short, and was not asked for yet.
         self._metrics.decided(None, Decision.ALLOWED)
         return hold
 
-    def decide(self, request: Generate) -> Hold | tuple[Bucket, Want]:
-        """The hold; or the bucket that is short, and of what. Then nothing is taken.
+    def decide(self, request: Generate) -> "Hold | Short":
+        """The hold; or which limit is short, and of what. Then nothing is taken.
 
         Raises:
             BudgetExhausted: a hard budget is in another currency.
@@ -136,7 +146,8 @@ class Quota:
         amounts = [1, prompt_tokens, reserved, 1, prompt_tokens + n * max_tokens]
         for bucket, slot in limits.taken:
             if not bucket.fits(amounts[slot], now):
-                return bucket, Want(amounts[slot], amounts[slot])
+                limit = limits.limits[limits.taken.index((bucket, slot))]
+                return Short(limit, bucket, Want(amounts[slot], amounts[slot]))
         money: Sequence[HeldMoney] = ()
         prompt_femto = token_femto = 0
         if limits.budgets:
@@ -148,7 +159,7 @@ class Quota:
             wanted = prompt_femto + max(1, expected) * token_femto
             for budget in limits.budgets:
                 if budget.hard and not budget.fits(start, now):
-                    return budget, Want(start, wanted)
+                    return Short(budget.limit, budget, Want(start, wanted))
             money = [HeldMoney(budget, wanted, now) for budget in limits.budgets]
         for bucket, slot in limits.taken:
             bucket.charge(amounts[slot])
@@ -260,16 +271,13 @@ class Quota:
             return RateBucket(limit=limit.limit, burst=limit.burst_or_limit, now_ns=now)
         return GaugeBucket(limit=limit.limit)
 
-    def _refusal(self, bucket: Bucket, amount: int) -> Exception:
-        limit = next(e for e in self._all() if self._buckets[e.name] is bucket)
+    def _refusal(self, short: Short) -> LimitExceeded:
+        limit, bucket, want = short
         self._metrics.decided(limit.metric, Decision.REFUSED)
         if limit.metric.is_budget:
-            return short_of_budget(limit, amount)
-        wait_ns = bucket.wait_ns(amount, now_ns(self._clock))
-        return refusal_of(limit, amount, wait_ns=wait_ns)
-
-    def _all(self) -> list[Limit]:
-        return [limit for limits in self._limits.values() for limit in limits]
+            return short_of_budget(limit, want.need)
+        wait_ns = bucket.wait_ns(want.need, now_ns(self._clock))
+        return refusal_of(limit, want.need, wait_ns=wait_ns)
 
 
 def _dearest(price: Price) -> tuple[int, int]:

@@ -7,7 +7,7 @@ import os
 import sqlite3
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from headrace.serving.errors import ConfigRefused, QuotaUnavailable
@@ -152,8 +152,10 @@ class QuotaBook:
 
     def save(self, leases: Iterable[Lease]) -> None:
         for lease in leases:
-            row = [str(each) if i in (6, 7, 8) else each for i, each in enumerate(astuple(lease))]
-            self.connection.execute(_SAVE_LEASE, row)
+            names = (lease.lease_id, lease.limit_name, lease.period, lease.holder, lease.epoch)
+            amounts = (str(lease.granted), str(lease.returned), str(lease.spent))
+            times = (lease.opened_unix_ms, lease.closed_unix_ms)
+            self.connection.execute(_SAVE_LEASE, (*names, lease.seq, *amounts, *times))
 
     def fold(self, lease: Lease, *, past_spent: int) -> None:
         """Forget a closed lease; all of its limit and period have spent `past_spent` so far."""
