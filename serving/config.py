@@ -13,6 +13,7 @@ from pathlib import Path
 
 import yaml
 
+from headrace.serving.config_jobs import BatchConfig, IdempotencyConfig
 from headrace.serving.config_reader import Reader, bounded, override, port, read_yaml
 from headrace.serving.domain.artifact import Precision
 from headrace.serving.domain.tier import Tier
@@ -161,6 +162,8 @@ class Config:
     made on first use; on a cluster, a mounted secret."""
     meter: MeterConfig = field(default_factory=MeterConfig)
     prices: PricesConfig = field(default_factory=PricesConfig)
+    idempotency: IdempotencyConfig = field(default_factory=IdempotencyConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
 
     @classmethod
@@ -225,6 +228,19 @@ class Config:
     @property
     def ledger_path(self) -> Path:
         return self.home / "ledger.db"
+
+    @property
+    def idempotency_path(self) -> Path:
+        return self.home / "idempotency.db"
+
+    @property
+    def batches_dir(self) -> Path:
+        return self.home / "batches"
+
+    @property
+    def epochs_dir(self) -> Path:
+        """Locks of the frontends that live; see `metering/epochs.py`."""
+        return self.home / "epochs"
 
     @property
     def keys_path(self) -> Path:

@@ -162,6 +162,8 @@ class Pipeline:
             version=placement.replica.version,
             price=request.price,
             accepted_unix_ms=request.accepted_unix_ms,
+            tier=request.tier,
+            idempotency_digest=request.idempotency_digest,
         )
         run = Run(
             request,

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from headrace.serving.domain.record import Caller
 from headrace.serving.domain.request import Delta, Sampling
+from headrace.serving.domain.tier import Tier
 from headrace.serving.domain.usage import Price, Usage
 
 
@@ -33,6 +34,10 @@ class Generate:
     """The same instant on the frontend's monotonic clock."""
     deadline_ms: float | None = None
     """On the frontend's monotonic clock; None is no deadline."""
+    tier: Tier = Tier.STANDARD
+    """What the request is promised, and what `price` is of."""
+    idempotency_digest: bytes = field(default=b"", repr=False)
+    """Of the tenant's idempotency key; empty without one."""
 
 
 @dataclass(frozen=True, slots=True)

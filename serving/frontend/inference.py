@@ -2,9 +2,10 @@
 
 import asyncio
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from concurrent.futures import Executor
-from contextlib import aclosing
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import replace
 
 import grpc.aio
 
@@ -14,13 +15,23 @@ from headrace.serving.channel.fleet import ReplicaFleet
 from headrace.serving.clock import Clock
 from headrace.serving.domain import generate
 from headrace.serving.domain.record import Caller
+from headrace.serving.domain.tier import Tier
 from headrace.serving.domain.usage import Outcome, Price
 from headrace.serving.engine import structured
 from headrace.serving.errors import DeadlineExceeded, Draining, Overloaded, ServingError
-from headrace.serving.frontend import convert, rules
+from headrace.serving.frontend import convert, replay, rules
 from headrace.serving.frontend.convert import Acceptance, ChunkWriter
+from headrace.serving.frontend.idempotency import (
+    REPLAYED,
+    Answering,
+    Idempotency,
+    has_key,
+    key_of,
+)
 from headrace.serving.frontend.interceptors import caller
 from headrace.serving.frontend.model_shelf import ModelShelf
+from headrace.serving.frontend.shared_run import Reader
+from headrace.serving.idempotency.claims import Claim
 from headrace.serving.observe import Metrics
 from headrace.serving.pipeline import Pipeline, Refusal, outcome_of
 from headrace.serving.request_run import is_late
@@ -90,9 +101,10 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         fleet: ReplicaFleet,
         shelf: ModelShelf,
         authenticator: Authenticator,
-        price_for: Callable[[str], Price],
+        price_for: Callable[[str, Tier], Price],
         executor: Executor,
         gate: Gate,
+        idempotency: Idempotency,
         metrics: Metrics,
         tracer: Tracer,
         clock: Clock,
@@ -104,6 +116,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         self._price_for = price_for
         self._executor = executor
         self._gate = gate
+        self._idempotency = idempotency
         self._metrics = metrics
         self._tracer = tracer
         self._clock = clock
@@ -111,23 +124,23 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
     async def Generate(
         self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext
     ) -> None:
+        if has_key(context.invocation_metadata()):
+            await self._generate_once(request, context)
+            return
         accepted = await self._accept(request, context)
         try:
             with self._metrics.stream():
-                writer = ChunkWriter(accepted.request_id)
-                span = self._start_span(accepted, request, context, stream=True)
-                async with aclosing(self._pipeline.generate(accepted, span=span)) as events:
-                    async for event in events:
-                        if isinstance(event, generate.Settled):
-                            await context.write(writer.done(event))
-                        else:
-                            await context.write(writer.chunk(event))
+                async with aclosing(self._streamed(accepted, request, context)) as messages:
+                    async for message in messages:
+                        await context.write(message)
         finally:
             self._gate.leave()
 
     async def GenerateUnary(
         self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext
     ) -> pb.GenerateResponse:
+        if has_key(context.invocation_metadata()):
+            return await self._answer_once(request, context)
         accepted = await self._accept(request, context)
         try:
             with self._metrics.stream():
@@ -154,7 +167,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         self, request: pb.ListModelsRequest, context: grpc.aio.ServicerContext
     ) -> pb.ListModelsResponse:
         models = [
-            convert.model_to_wire(served, self._price_for(served.name))
+            convert.model_to_wire(served, self._price_for(served.name, Tier.STANDARD))
             for served in self._fleet.models()
         ]
         return pb.ListModelsResponse(models=models)
@@ -165,54 +178,38 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         rules.check_model_name(request.model)
         deadline_ms = self._deadline_ms(context, self._clock.monotonic_ms())
         served = await self._fleet.find(request.model, deadline_ms=deadline_ms)
-        return convert.model_to_wire(served, self._price_for(served.name))
+        return convert.model_to_wire(served, self._price_for(served.name, Tier.STANDARD))
 
-    async def _accept(
-        self, message: pb.GenerateRequest, context: grpc.aio.ServicerContext
+    async def prepare(
+        self,
+        message: pb.GenerateRequest,
+        by: Caller,
+        *,
+        request_id: str,
+        deadline_ms: float | None,
+        tier: Tier = Tier.STANDARD,
     ) -> generate.Generate:
-        """Everything before the pipeline; the caller leaves the gate after it returned.
+        """What the pipeline runs for `message`, whoever brings it: checked, tokenised, priced.
 
-        A request that ends here leaves a record all the same: it had a tenant.
+        Args:
+            message: its own request_id is left out of account.
+            by: who is charged.
+            request_id: unique within the tenant.
+            deadline_ms: on our monotonic clock.
+            tier: of the price and of the place in every queue.
+
+        Raises:
+            InvalidRequest, ModelNotFound, Overloaded, DeadlineExceeded, EngineFault: it cannot
+                be run, or not now.
         """
-        by = caller()
-        try:
-            self._gate.enter()
-            try:
-                return await self._prepare(message, by, context)
-            except BaseException:
-                self._gate.leave()
-                raise
-        except (ServingError, asyncio.CancelledError) as error:
-            is_cancelled = isinstance(error, asyncio.CancelledError)
-            valid_id = rules.valid_request_id(message.request_id)
-            refusal = Refusal(
-                caller=by,
-                request_id=message.request_id if valid_id else "",
-                model=message.model[: rules.MODEL_CHARS_MAX],
-                price=self._price_for(message.model),
-                ending=_ending_of_leaver(context) if is_cancelled else outcome_of(error),
-            )
-            if not is_cancelled:
-                log.request_refused(
-                    reason=error.reason,
-                    request_id=refusal.request_id or None,
-                    tenant_id=by.tenant_id,
-                )
-            await self._pipeline.refuse(refusal)
-            raise
-
-    async def _prepare(
-        self, message: pb.GenerateRequest, by: Caller, context: grpc.aio.ServicerContext
-    ) -> generate.Generate:
-        now_ms = self._clock.monotonic_ms()
         acceptance = Acceptance(
             caller=by,
-            request_id=message.request_id or uuid.uuid4().hex,
-            price=self._price_for(message.model),
+            request_id=request_id,
+            price=self._price_for(message.model, tier),
             cache_salt=self._authenticator.cache_salt(by.tenant_id),
             accepted_unix_ms=self._clock.unix_ms(),
-            accepted_ms=now_ms,
-            deadline_ms=self._deadline_ms(context, now_ms),
+            accepted_ms=self._clock.monotonic_ms(),
+            deadline_ms=deadline_ms,
         )
         rules.check_request(message)
         served = await self._fleet.find(message.model, deadline_ms=acceptance.deadline_ms)
@@ -224,9 +221,131 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         ids = await self._off_loop(
             convert.text_chars(message), lambda: convert.prompt_ids(message, model)
         )
-        return convert.generate_from_wire(
+        accepted = convert.generate_from_wire(
             message, ids=ids, model=model, served=served, acceptance=acceptance
         )
+        return replace(accepted, tier=tier)
+
+    async def _accept(
+        self, message: pb.GenerateRequest, context: grpc.aio.ServicerContext
+    ) -> generate.Generate:
+        """Everything before the pipeline; the caller leaves the gate after it returned."""
+        by = caller()
+        async with self._entered(message, by, context):
+            return await self.prepare(
+                message,
+                by,
+                request_id=_checked_id(message) or uuid.uuid4().hex,
+                deadline_ms=self._deadline_ms(context, self._clock.monotonic_ms()),
+            )
+
+    @asynccontextmanager
+    async def _entered(
+        self, message: pb.GenerateRequest, by: Caller, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[None]:
+        """The gate, which the caller leaves unless this block raises.
+
+        A request that ends in this block leaves a record all the same: it had a tenant.
+        """
+        try:
+            self._gate.enter()
+            try:
+                yield
+            except BaseException:
+                self._gate.leave()
+                raise
+        except (ServingError, asyncio.CancelledError) as error:
+            is_cancelled = isinstance(error, asyncio.CancelledError)
+            valid_id = rules.valid_request_id(message.request_id)
+            refusal = Refusal(
+                caller=by,
+                request_id=message.request_id if valid_id else "",
+                model=message.model[: rules.MODEL_CHARS_MAX],
+                price=self._price_for(message.model, Tier.STANDARD),
+                ending=_ending_of_leaver(context) if is_cancelled else outcome_of(error),
+            )
+            if not is_cancelled:
+                log.request_refused(
+                    reason=error.reason,
+                    request_id=refusal.request_id or None,
+                    tenant_id=by.tenant_id,
+                )
+            await self._pipeline.refuse(refusal)
+            raise
+
+    async def _generate_once(
+        self, message: pb.GenerateRequest, context: grpc.aio.ServicerContext
+    ) -> None:
+        """Generate under an idempotency key."""
+        reader = await self._join(message, context, stream=True)
+        try:
+            with self._metrics.stream(), reader:
+                if reader.is_replay:
+                    await context.send_initial_metadata(REPLAYED)
+                async for chunk in reader:
+                    await context.write(chunk)
+        finally:
+            self._gate.leave()
+
+    async def _answer_once(
+        self, message: pb.GenerateRequest, context: grpc.aio.ServicerContext
+    ) -> pb.GenerateResponse:
+        """GenerateUnary under an idempotency key."""
+        reader = await self._join(message, context, stream=False)
+        try:
+            with self._metrics.stream(), reader:
+                if reader.is_replay:
+                    await context.send_initial_metadata(REPLAYED)
+                return replay.whole([chunk async for chunk in reader])
+        finally:
+            self._gate.leave()
+
+    async def _join(
+        self, message: pb.GenerateRequest, context: grpc.aio.ServicerContext, *, stream: bool
+    ) -> Reader:
+        """Run the call's request, or attach to what its key stands for; then leave the gate."""
+        by = caller()
+        async with self._entered(message, by, context):
+            key = key_of(context.invocation_metadata())
+            _checked_id(message)
+            rules.check_request(message)
+            deadline_ms = self._deadline_ms(context, self._clock.monotonic_ms())
+
+            async def start(claim: Claim) -> Answering:
+                accepted = await self.prepare(
+                    message, by, request_id=claim.request_id, deadline_ms=deadline_ms
+                )
+                # Each caller has a deadline of its own, at which it leaves.
+                shared = replace(accepted, deadline_ms=None, idempotency_digest=claim.digest)
+                answer = self._streamed if stream else self._at_once
+                return answer(shared, message, context)
+
+            return await self._idempotency.join(message, key=key, by=by, start=start)
+
+    async def _streamed(
+        self,
+        accepted: generate.Generate,
+        message: pb.GenerateRequest,
+        context: grpc.aio.ServicerContext,
+    ) -> AsyncGenerator[pb.GenerateChunk]:
+        """The messages of an answer, each valid until the next."""
+        writer = ChunkWriter(accepted.request_id)
+        span = self._start_span(accepted, message, context, stream=True)
+        async with aclosing(self._pipeline.generate(accepted, span=span)) as events:
+            async for event in events:
+                is_last = isinstance(event, generate.Settled)
+                yield writer.done(event) if is_last else writer.chunk(event)
+
+    async def _at_once(
+        self,
+        accepted: generate.Generate,
+        message: pb.GenerateRequest,
+        context: grpc.aio.ServicerContext,
+    ) -> AsyncGenerator[pb.GenerateResponse]:
+        """The one message of an answer: nothing is delivered, or charged, before it is whole."""
+        span = self._start_span(accepted, message, context, stream=False)
+        chunks, settled = await self._pipeline.answer(accepted, span=span)
+        yield convert.response_to_wire(accepted.request_id, accepted.n, chunks, settled)
 
     def _start_span(
         self,
@@ -272,6 +391,18 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
                 fix="Allow more time.",
             )
         return now_ms + left_s * 1000
+
+
+def _checked_id(message: pb.GenerateRequest) -> str:
+    """The caller's request_id, if it is not one of a batch: those name lines that we run."""
+    if rules.is_of_batch(message.request_id):
+        raise rules.refused(
+            "request_id",
+            f"The request_id {message.request_id!r} is that of a batch's line.",
+            why="Ids of the form batch_….line are given to the lines of batches.",
+            fix="Send a UUID, or leave it empty and the server chooses one.",
+        )
+    return message.request_id
 
 
 def _ending_of_leaver(context: grpc.aio.ServicerContext) -> Outcome:

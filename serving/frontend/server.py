@@ -25,12 +25,19 @@ from headrace.serving.channel.directory import DirectoryServer, Watcher
 from headrace.serving.channel.fleet import ReplicaFleet
 from headrace.serving.clock import Clock, SystemClock
 from headrace.serving.config import Config
+from headrace.serving.domain.record import UsageRecord
 from headrace.serving.errors import ConfigRefused
 from headrace.serving.frontend.health import SERVICES, Readiness
 from headrace.serving.frontend.http import HttpServer
+from headrace.serving.frontend.idempotency import HOUSEKEEPING_S as KEEP_KEYS_S
+from headrace.serving.frontend.idempotency import Idempotency, Secrets
 from headrace.serving.frontend.inference import Gate, InferenceService
 from headrace.serving.frontend.interceptors import Edge
 from headrace.serving.frontend.model_shelf import Load, ModelShelf, load_from_artifact
+from headrace.serving.idempotency.opening import open_claims
+from headrace.serving.metering.epochs import EpochLock, is_alive
+from headrace.serving.metering.give_back import Adjust, ChargeReversal
+from headrace.serving.metering.usage_reader import Which
 from headrace.serving.metering.usage_store import UsageStore
 from headrace.serving.observe import Metrics
 from headrace.serving.pipeline import Pipeline
@@ -63,6 +70,7 @@ class Frontend:
         on_change: Callable[[], None] = lambda: None,
         clock: Clock | None = None,
         load: Load = load_from_artifact,
+        adjust: Adjust | None = None,
     ) -> None:
         """Prepare; nothing is opened before `start`.
 
@@ -72,6 +80,8 @@ class Frontend:
             on_change: called when a model may have become servable, or no longer.
             clock: of deadlines and records.
             load: where tokenizers come from.
+            adjust: writes corrections of charges. None leaves what is to be given back as debts
+                in the stores of keys and batches, for a frontend that can.
         """
         self._config = config
         self._clock = clock or SystemClock()
@@ -80,10 +90,13 @@ class Frontend:
         self._executor = ThreadPoolExecutor(TOKENISER_THREADS, thread_name_prefix="tokenise")
         self._shelf = ModelShelf(self._executor, load=load)
         self.gate = Gate(config.frontend.streams_max)
+        self._adjust = adjust
+        self._epoch = uuid.uuid4().hex
         self._on_change = on_change
         self._has_changed = asyncio.Event()
         self._stack = contextlib.AsyncExitStack()
         self.fleet: ReplicaFleet
+        self.idempotency: Idempotency
         self.pipeline: Pipeline
         self.readiness: Readiness
         self._server: grpc.aio.Server
@@ -111,6 +124,8 @@ class Frontend:
         stack.push_async_callback(asyncio.to_thread, traces.close)
         store = await asyncio.to_thread(self._open_store)
         stack.push_async_callback(asyncio.to_thread, store.close)
+        epoch = await asyncio.to_thread(EpochLock, config.epochs_dir, self._epoch)
+        stack.callback(epoch.close)
         self.fleet = ReplicaFleet(
             cluster_token=token,
             clock=self._clock,
@@ -123,6 +138,7 @@ class Frontend:
         )
         stack.push_async_callback(self.pipeline.wait_settled)
         stack.push_async_callback(self.fleet.close)
+        self.idempotency = await self._open_idempotency(keys, store)
         self.readiness = Readiness(
             fleet=self.fleet, gate=self.gate, meter_healthy=lambda: store.healthy
         )
@@ -134,6 +150,7 @@ class Frontend:
             price_for=config.price_for,
             executor=self._executor,
             gate=self.gate,
+            idempotency=self.idempotency,
             metrics=self.metrics,
             tracer=traces,
             clock=self._clock,
@@ -143,8 +160,8 @@ class Frontend:
         public = await self._start_grpc(
             service, Edge(authenticator=authenticator, metrics=self.metrics)
         )
-        housekeeping = asyncio.get_running_loop().create_task(self._keep_house())
-        stack.push_async_callback(_ended, housekeeping)
+        for work in (self._keep_house(), self._keep_keys()):
+            stack.push_async_callback(_ended, asyncio.get_running_loop().create_task(work))
         addresses = Addresses(grpc=public, http=http, directory=directory)
         log.started(
             role="frontend",
@@ -187,6 +204,37 @@ class Frontend:
             checkpoint_tokens=meter.checkpoint_tokens,
             checkpoint_s=meter.checkpoint_s,
         )
+
+    async def _open_idempotency(self, keys: KeyStore, store: UsageStore) -> Idempotency:
+        """The keys of callers, and what is left of their calls when this frontend stops."""
+
+        def find(tenant_id: str, request_id: str) -> UsageRecord | None:
+            found = store.records(Which(tenant_id=tenant_id, request_id=request_id), limit=1)
+            return found[0] if found else None
+
+        config = self._config
+        claims = await asyncio.to_thread(
+            open_claims,
+            config,
+            owner=self._epoch,
+            is_alive=lambda owner: is_alive(config.epochs_dir, owner),
+        )
+        self._stack.push_async_callback(asyncio.to_thread, claims.close)
+        idempotency = Idempotency(
+            claims,
+            secrets=Secrets.derived(keys.derive),
+            clock=self._clock,
+            keep_answers=config.idempotency.keep_answers,
+            keep_ms=config.idempotency.keep_h * 3_600_000,
+            give_back=ChargeReversal(find, self._adjust) if self._adjust else None,
+        )
+        self._stack.push_async_callback(idempotency.close)
+        return idempotency
+
+    async def _keep_keys(self) -> None:
+        while True:
+            await self.idempotency.keep_house()
+            await asyncio.sleep(KEEP_KEYS_S)
 
     async def _start_directory(self, token: str) -> str:
         server = DirectoryServer(cluster_token=token, address=self._config.directory.address)
