@@ -21,13 +21,8 @@ from headrace.serving.engine import structured
 from headrace.serving.errors import DeadlineExceeded, Draining, Overloaded, ServingError
 from headrace.serving.frontend import convert, replay, rules
 from headrace.serving.frontend.convert import Acceptance, ChunkWriter
-from headrace.serving.frontend.idempotency import (
-    REPLAYED,
-    Answering,
-    Idempotency,
-    has_key,
-    key_of,
-)
+from headrace.serving.frontend.idempotency import REPLAYED, Answering, Idempotency
+from headrace.serving.frontend.idempotency_key import has_key, key_of
 from headrace.serving.frontend.interceptors import caller
 from headrace.serving.frontend.model_shelf import ModelShelf
 from headrace.serving.frontend.shared_run import Reader

@@ -1,7 +1,7 @@
 """What every public call passes: authentication, error mapping, and the last line for defects."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextvars import ContextVar
 from typing import Any
 
@@ -16,7 +16,7 @@ from headrace.serving.errors import InvalidRequest, ServingError, Unauthenticate
 from headrace.serving.frontend.status import abort_as_defect, abort_with
 from headrace.serving.observe import Metrics
 
-SERVICE_PREFIX = "/headrace.v1.Inference/"
+SERVICE_PREFIX = "/headrace.v1."
 
 _KEY = "authorization"
 _SCHEME = "bearer "
@@ -32,7 +32,7 @@ def caller() -> Caller:
 
 
 class Edge(grpc.aio.ServerInterceptor):
-    """Guards the methods of the Inference service; health and reflection are open."""
+    """Guards the methods of our own services; health and reflection are open."""
 
     def __init__(self, *, authenticator: Authenticator, metrics: Metrics) -> None:
         self._authenticator = authenticator
@@ -54,19 +54,26 @@ class Edge(grpc.aio.ServerInterceptor):
                 self._guarded(handler.unary_stream, handler.request_deserializer),
                 response_serializer=handler.response_serializer,
             )
-        assert handler.unary_unary is not None, "the Inference service takes no client streams"
+        if handler.stream_unary is not None:
+            return grpc.stream_unary_rpc_method_handler(
+                self._guarded(handler.stream_unary, handler.request_deserializer, _each_parsed),
+                response_serializer=handler.response_serializer,
+            )
+        assert handler.unary_unary is not None, "no service streams in both directions"
         return grpc.unary_unary_rpc_method_handler(
             self._guarded(handler.unary_unary, handler.request_deserializer),
             response_serializer=handler.response_serializer,
         )
 
-    def _guarded(self, behaviour: Any, parse: Any) -> Any:
+    def _guarded(self, behaviour: Any, parse: Any, parsed: Any = None) -> Any:
         # Without a deserializer grpc hands over the bytes. It would answer bytes that are no
         # message with UNKNOWN and our class names, and log a traceback for each.
-        async def guarded(raw: bytes, context: grpc.aio.ServicerContext) -> Any:
+        read = parsed or _parsed
+
+        async def guarded(raw: Any, context: grpc.aio.ServicerContext) -> Any:
             try:
                 _caller.set(self._authenticate(context))
-                return await behaviour(_parsed(raw, parse), context)
+                return await behaviour(read(raw, parse), context)
             except ServingError as error:
                 self._metrics.rejected(error.reason)
                 await abort_with(context, error)
@@ -105,6 +112,13 @@ def _parsed(raw: bytes, parse: Callable[[bytes], Message]) -> Message:
     except DecodeError as error:
         raise InvalidRequest(
             "The message cannot be read.",
-            why="Its bytes are not what inference.proto describes, or a string is not UTF-8.",
-            fix="Generate the client from protos/headrace/v1/inference.proto.",
+            why="Its bytes are not what our protos describe, or a string is not UTF-8.",
+            fix="Generate the client from protos/headrace/v1/.",
         ) from error
+
+
+async def _each_parsed(
+    raw: AsyncIterator[bytes], parse: Callable[[bytes], Message]
+) -> AsyncIterator[Message]:
+    async for each in raw:
+        yield _parsed(each, parse)

@@ -27,22 +27,26 @@ from headrace.serving.clock import Clock, SystemClock
 from headrace.serving.config import Config
 from headrace.serving.domain.record import UsageRecord
 from headrace.serving.errors import ConfigRefused
+from headrace.serving.frontend.batch import BatchService
+from headrace.serving.frontend.batch_runner import BatchRunner
 from headrace.serving.frontend.health import SERVICES, Readiness
 from headrace.serving.frontend.http import HttpServer
 from headrace.serving.frontend.idempotency import HOUSEKEEPING_S as KEEP_KEYS_S
-from headrace.serving.frontend.idempotency import Idempotency, Secrets
+from headrace.serving.frontend.idempotency import Idempotency
+from headrace.serving.frontend.idempotency_key import Secrets
 from headrace.serving.frontend.inference import Gate, InferenceService
 from headrace.serving.frontend.interceptors import Edge
 from headrace.serving.frontend.model_shelf import Load, ModelShelf, load_from_artifact
 from headrace.serving.idempotency.opening import open_claims
+from headrace.serving.jobs.batch_store import BatchStore
 from headrace.serving.metering.epochs import EpochLock, is_alive
-from headrace.serving.metering.give_back import Adjust, ChargeReversal
+from headrace.serving.metering.give_back import Adjust, ChargeReversal, FindRecord
 from headrace.serving.metering.usage_reader import Which
 from headrace.serving.metering.usage_store import UsageStore
 from headrace.serving.observe import Metrics
 from headrace.serving.pipeline import Pipeline
 from headrace.serving.tracing import tracer
-from headrace.v1 import inference_pb2_grpc
+from headrace.v1 import batch_pb2_grpc, inference_pb2_grpc
 
 HOUSEKEEPING_S = 1.0
 TOKENISER_THREADS = 2
@@ -95,6 +99,7 @@ class Frontend:
         self._on_change = on_change
         self._has_changed = asyncio.Event()
         self._stack = contextlib.AsyncExitStack()
+        self.batches: BatchRunner
         self.fleet: ReplicaFleet
         self.idempotency: Idempotency
         self.pipeline: Pipeline
@@ -138,7 +143,8 @@ class Frontend:
         )
         stack.push_async_callback(self.pipeline.wait_settled)
         stack.push_async_callback(self.fleet.close)
-        self.idempotency = await self._open_idempotency(keys, store)
+        find = _finder(store)
+        self.idempotency = await self._open_idempotency(keys, find)
         self.readiness = Readiness(
             fleet=self.fleet, gate=self.gate, meter_healthy=lambda: store.healthy
         )
@@ -155,10 +161,11 @@ class Frontend:
             tracer=traces,
             clock=self._clock,
         )
+        batches = await self._open_batches(service, find)
         directory = await self._start_directory(token)
         http = await self._start_http()
         public = await self._start_grpc(
-            service, Edge(authenticator=authenticator, metrics=self.metrics)
+            service, batches, Edge(authenticator=authenticator, metrics=self.metrics)
         )
         for work in (self._keep_house(), self._keep_keys()):
             stack.push_async_callback(_ended, asyncio.get_running_loop().create_task(work))
@@ -181,7 +188,7 @@ class Frontend:
         await self.readiness.publish()
         try:
             async with asyncio.timeout(grace_s):
-                await self.gate.wait_empty()
+                await asyncio.gather(self.gate.wait_empty(), self.batches.drain())
                 await self.pipeline.wait_settled()
         except TimeoutError:
             return False
@@ -205,19 +212,10 @@ class Frontend:
             checkpoint_s=meter.checkpoint_s,
         )
 
-    async def _open_idempotency(self, keys: KeyStore, store: UsageStore) -> Idempotency:
-        """The keys of callers, and what is left of their calls when this frontend stops."""
-
-        def find(tenant_id: str, request_id: str) -> UsageRecord | None:
-            found = store.records(Which(tenant_id=tenant_id, request_id=request_id), limit=1)
-            return found[0] if found else None
-
+    async def _open_idempotency(self, keys: KeyStore, find: FindRecord) -> Idempotency:
         config = self._config
         claims = await asyncio.to_thread(
-            open_claims,
-            config,
-            owner=self._epoch,
-            is_alive=lambda owner: is_alive(config.epochs_dir, owner),
+            open_claims, config, owner=self._epoch, is_alive=self._is_alive
         )
         self._stack.push_async_callback(asyncio.to_thread, claims.close)
         idempotency = Idempotency(
@@ -230,6 +228,36 @@ class Frontend:
         )
         self._stack.push_async_callback(idempotency.close)
         return idempotency
+
+    async def _open_batches(self, service: InferenceService, find: FindRecord) -> BatchService:
+        config = self._config
+        store = await asyncio.to_thread(
+            BatchStore, config.batches_dir, owner=self._epoch, is_alive=self._is_alive
+        )
+        self._stack.push_async_callback(asyncio.to_thread, store.close)
+        self.batches = BatchRunner(
+            store,
+            pipeline=self.pipeline,
+            prepare=service.prepare,
+            endpoints=lambda: self.fleet.endpoints,
+            give_back=ChargeReversal(find, self._adjust) if self._adjust else None,
+            clock=self._clock,
+            lines_max=config.batch.lines_running_max,
+            keep_ms=config.batch.keep_days * 86_400_000,
+        )
+        self.batches.start()
+        self._stack.push_async_callback(self.batches.stop)
+        return BatchService(
+            store,
+            runner=self.batches,
+            fleet=self.fleet,
+            config=config.batch,
+            clock=self._clock,
+            is_draining=lambda: self.gate.is_draining,
+        )
+
+    def _is_alive(self, owner: str) -> bool:
+        return is_alive(self._config.epochs_dir, owner)
 
     async def _keep_keys(self) -> None:
         while True:
@@ -271,12 +299,15 @@ class Frontend:
             where = f"{settings.host}:{settings.http_port}"
             raise _port_taken("frontend.http_port", where) from error
 
-    async def _start_grpc(self, service: InferenceService, edge: Edge) -> str:
+    async def _start_grpc(
+        self, service: InferenceService, batches: BatchService, edge: Edge
+    ) -> str:
         settings = self._config.frontend
         server = self._server = grpc.aio.server(
             interceptors=[edge], options=self._grpc_options(), compression=None
         )
         inference_pb2_grpc.add_InferenceServicer_to_server(service, server)
+        batch_pb2_grpc.add_BatchServicer_to_server(batches, server)
         self.readiness.add_to(server)
         await self.readiness.publish()
         names = [*SERVICES[1:], "grpc.health.v1.Health", reflection.SERVICE_NAME]
@@ -328,6 +359,14 @@ class Frontend:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(HOUSEKEEPING_S):
                     await self._has_changed.wait()
+
+
+def _finder(store: UsageStore) -> FindRecord:
+    def find(tenant_id: str, request_id: str) -> UsageRecord | None:
+        found = store.records(Which(tenant_id=tenant_id, request_id=request_id), limit=1)
+        return found[0] if found else None
+
+    return find
 
 
 async def _ended(task: "asyncio.Task[None]") -> None:

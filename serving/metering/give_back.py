@@ -8,6 +8,7 @@ own, and its id follows from the request's, so that asking twice gives back once
 import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from enum import Enum
 from typing import Protocol
 
 from headrace.serving import log
@@ -49,12 +50,18 @@ Blocks. Raises:
 """
 
 
-class GiveBack(Protocol):
-    async def __call__(self, *, tenant_id: str, request_id: str, reason: str) -> bool:
-        """Reverse whatever the request was charged; the same request is given back once.
+class GivenBack(Enum):
+    DONE = "done"
+    """Nothing is charged for the request any more."""
+    NEVER_RAN = "never ran"
+    """Nothing ever was: it has no record."""
+    LATER = "later"
+    """It is not settled yet; ask again."""
 
-        Returns:
-            False while the request is not settled: ask again later.
+
+class GiveBack(Protocol):
+    async def __call__(self, *, tenant_id: str, request_id: str, reason: str) -> GivenBack:
+        """Reverse whatever the request was charged; the same request is given back once.
 
         Raises:
             MeterUnavailable: it can be neither read nor written; ask again.
@@ -69,12 +76,12 @@ class ChargeReversal:
         self._find = find
         self._adjust = adjust
 
-    async def __call__(self, *, tenant_id: str, request_id: str, reason: str) -> bool:
+    async def __call__(self, *, tenant_id: str, request_id: str, reason: str) -> GivenBack:
         record = await asyncio.to_thread(self._find, tenant_id, request_id)
         if record is None:
-            return True  # It was never opened, so nothing was charged.
+            return GivenBack.NEVER_RAN
         if record.outcome is Outcome.OPEN:
-            return False
+            return GivenBack.LATER
         amount_femto = record.charge_femto or record.charge_nano * FEMTO_PER_NANO
         if amount_femto:
             await self._adjust(
@@ -94,4 +101,4 @@ class ChargeReversal:
                 amount_nano=nano_of(amount_femto),
                 why=reason,
             )
-        return True
+        return GivenBack.DONE
