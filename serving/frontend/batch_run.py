@@ -105,6 +105,7 @@ class BatchRun:
         prepare: Prepare,
         room: Room,
         give_back: GiveBackLine,
+        on_progress: Callable[[], None],
         clock: Clock,
     ) -> None:
         self.batch = batch = lease.batch
@@ -115,6 +116,7 @@ class BatchRun:
         self._prepare = prepare
         self._room = room
         self._give_back = give_back
+        self._on_progress = on_progress
         self._clock = clock
         self._by = Caller(batch.tenant_id, batch.key_id, project_id=batch.project_id)
         self._results: list[LineResult] = []
@@ -301,6 +303,7 @@ class BatchRun:
             del self._results[: len(group)]
             for result in group:
                 self._done.add(result.line)
+            self._on_progress()
         self.batch = await asyncio.to_thread(self._store.renew, batch_id, now_unix_ms=now_unix_ms)
 
     async def _fill_up(self, state: BatchState) -> None:
@@ -354,6 +357,7 @@ class BatchRun:
             now_unix_ms=self._clock.unix_ms(),
             why=why,
         )
+        self._on_progress()
         log.batch_moved(
             batch_id=self.batch.batch_id,
             tenant_id=self.batch.tenant_id,

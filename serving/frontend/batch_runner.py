@@ -70,6 +70,7 @@ class BatchRunner:
         """Model and time of entry of each running line."""
         self._next_place = 0
         self._changed = asyncio.Event()
+        self._progress: asyncio.Event = asyncio.Event()
         self._is_empty = asyncio.Event()
         self._is_empty.set()
         self._is_draining = False
@@ -97,6 +98,10 @@ class BatchRunner:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def progressed(self) -> None:
+        """Wait until more results of a batch are durable, or one entered another state."""
+        await self._progress.wait()
 
     async def enter(self, model: str) -> int:
         """See `Room`."""
@@ -156,11 +161,16 @@ class BatchRunner:
                 prepare=self._prepare,
                 room=self,
                 give_back=self._give_back,
+                on_progress=self._progressed,
                 clock=self._clock,
             )
             task = asyncio.get_running_loop().create_task(run.run())
             self._runs[lease.batch.batch_id] = (run, task)
             task.add_done_callback(lambda task, name=lease.batch.batch_id: self._ran(task, name))
+
+    def _progressed(self) -> None:
+        self._progress.set()
+        self._progress = asyncio.Event()
 
     def _ran(self, task: "asyncio.Task[None]", batch_id: str) -> None:
         del self._runs[batch_id]

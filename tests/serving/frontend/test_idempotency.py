@@ -18,22 +18,13 @@ from headrace.serving.domain.usage import Outcome
 from headrace.serving.frontend import shared_run
 from headrace.serving.idempotency.claims import unavailable
 from headrace.serving.idempotency.sqlite_claims import SqliteClaims
+from headrace.serving.testing.clock import LeapingClock
 from headrace.serving.testing.fake_adjuster import FakeAdjuster
 from headrace.serving.testing.platform import MODEL, Platform
 from headrace.v1 import inference_pb2 as pb
 
 DAY_S = 86_400
 KEY = "5f3759df-key"
-
-
-class LeapingClock(SystemClock):
-    """The system's clock, ahead by as much as it is told."""
-
-    def __init__(self) -> None:
-        self.ahead_s = 0
-
-    def unix_ms(self) -> int:
-        return super().unix_ms() + self.ahead_s * 1000
 
 
 class Caller:
@@ -501,23 +492,23 @@ def test_beyond_the_bound_nobody_attaches_and_nothing_is_lost(
 
 
 def test_another_frontends_call_is_not_run_again_here(tmp_path: Path) -> None:
-    async def story(platform: Platform) -> None:
-        store = platform.frontend.idempotency._store
-        assert isinstance(store, SqliteClaims)
-        (replica,) = platform.replicas
-        replica.engine.hold(after_steps=3)
-        running = Caller(platform)
-        await running.reads(1)
-        with closing(sqlite3.connect(tmp_path / "idempotency.db")) as connection:
-            connection.execute("UPDATE idempotency SET owner = 'neighbour'")
-            connection.commit()
-        platform.frontend.idempotency._runs.clear()
-        store._is_alive = lambda owner: owner == "neighbour"
-        error = await refusal_of(Caller(platform))
-        replica.engine.release()
+    """Two frontends of one home: while one runs it the other says so, then it has the answer."""
 
-        assert reason_of(error) == "IDEMPOTENCY_IN_FLIGHT"
-        assert retry_of(error)
-        running.call.cancel()
+    async def story(here: Platform) -> None:
+        async with Platform(tmp_path) as there:
+            (replica,) = there.replicas
+            replica.engine.hold(after_steps=3)
+            running = Caller(there)
+            await running.reads(1)
+            error = await refusal_of(Caller(here))
+            replica.engine.release()
+            done = (await running.finishes()).done
+            again = Caller(here)
+
+            assert reason_of(error) == "IDEMPOTENCY_IN_FLIGHT"
+            assert retry_of(error)
+            assert (await again.finishes()).done == done
+            assert await again.was_replayed()
+            assert len(served(here)) == 1
 
     play(tmp_path, story)
