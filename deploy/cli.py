@@ -21,6 +21,7 @@ VERBS = {
     "compile": "build an engine from a checkpoint",
     "models": "pull, list and inspect models",
     "chat": "talk to a served model",
+    "batch": "run a file of requests at half price",
     "keys": "make, list and revoke API keys",
     "usage": "show what requests used and cost",
     "bench": "measure against the peers that are installed",

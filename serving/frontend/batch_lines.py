@@ -14,6 +14,7 @@ from headrace.serving.errors import InvalidRequest, ServingError
 from headrace.serving.frontend import rules
 from headrace.v1 import batch_pb2
 from headrace.v1 import inference_pb2 as pb
+from headrace.v1.usage_pb2 import TIER_BATCH, TIER_UNSPECIFIED
 
 _CUSTOM_ID = re.compile(rf"[ -~]{{1,{CUSTOM_ID_CHARS_MAX}}}")
 _INPUT_OF = {"/v1/chat/completions": "messages", "/v1/completions": "prompt"}
@@ -56,6 +57,8 @@ def check_line(line: batch_pb2.BatchLine) -> None:
     _check_custom_id(line.custom_id)
     if line.request.request_id:
         _refuse("request_id", "The line has a request_id.", "The batch gives each line its own.")
+    if line.request.tier not in (TIER_UNSPECIFIED, TIER_BATCH):
+        _refuse("tier", "The line asks for a tier of its own.", "The batch's tier is that of all.")
     if line.ByteSize() > LINE_BYTES_MAX:
         _refuse("line", f"It has {line.ByteSize():,} bytes.", f"It has at most {LINE_BYTES_MAX:,}.")
     rules.check_request(line.request)

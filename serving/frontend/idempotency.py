@@ -53,6 +53,9 @@ STORED_BYTES_MAX = 1 << 30
 """Of all stored answers; beyond it the oldest go and only the fact stays."""
 LATE_MAX = 256
 """Answers that wait for a store that does not answer."""
+UNSURE_MAX = 10_000
+"""Keys of which the store has to be told that nothing runs them. Beyond it the oldest are left to
+their time: other frontends refuse them until then."""
 HOUSEKEEPING_S = 5.0
 """How often leases are renewed, debts given back, and expired keys forgotten."""
 ROUNDS_MAX = 20
@@ -101,6 +104,7 @@ class Idempotency:
         self._kept = kept or KeptBytes()
         self._runs: dict[bytes, SharedRun] = {}
         self._late: OrderedDict[bytes, tuple[Claim, Answer]] = OrderedDict()
+        self._unsure: OrderedDict[bytes, None] = OrderedDict()
         self._tasks: set[asyncio.Task[None]] = set()
         self._is_full = False
 
@@ -150,6 +154,10 @@ class Idempotency:
             await self._store.renew()
             for digest in list(self._late):
                 await self._store_late(digest)
+            for digest in list(self._unsure):
+                if digest not in self._runs:
+                    await self._store.end_ours(digest)
+                self._unsure.pop(digest, None)
             await self._pay_debts()
             for _ in range(ROUNDS_MAX):
                 swept = await self._store.sweep(
@@ -220,7 +228,12 @@ class Idempotency:
         await self._store_late(ask.digest)
         if self._is_full:
             raise unavailable(f"{ROWS_MAX:,} keys of the last day are stored, which is the bound")
-        match await self._store.claim(ask):
+        try:
+            verdict = await self._store.claim(ask)
+        except IdempotencyUnavailable:
+            self._be_unsure(ask.digest)  # It may be claimed.
+            raise
+        match verdict:
             case Claim() as claim:
                 return claim
             case Answer() as answer:
@@ -257,10 +270,10 @@ class Idempotency:
             # Until it runs it is not cancelled, but looks whether anybody is still there.
             events = await start(claim) if run.has_readers else None
         except BaseException:
-            await self._note(self._store.release(claim))
+            await self._note(claim, self._store.release(claim))
             raise
         if events is None or not run.has_readers:
-            await self._note(self._store.release(claim))
+            await self._note(claim, self._store.release(claim))
             raise asyncio.CancelledError
         run.begin(claim.request_id)
         try:
@@ -269,7 +282,7 @@ class Idempotency:
             # A refusal before the first chunk charged nothing; of anything else we are not sure.
             owes = run.num_taken > 0 or not isinstance(error, ServingError)
             run.may_be_abandoned = False
-            await self._note(self._store.end(claim, owes=owes))
+            await self._note(claim, self._store.end(claim, owes=owes))
             raise
         run.may_be_abandoned = False
         await self._keep(run, claim, last)
@@ -277,12 +290,18 @@ class Idempotency:
             self._soon(self._pay_debts())
         run.put(last)
 
-    async def _note(self, noting: Awaitable[None]) -> None:
-        """Tell the store of an end; if it does not answer, our claim counts as ended anyway."""
+    async def _note(self, claim: Claim, noting: Awaitable[None]) -> None:
+        """Tell the store of an end; if it does not answer, once it does."""
         try:
             await noting
         except IdempotencyUnavailable as error:
+            self._be_unsure(claim.digest)
             log.refused(error, during="noting the end of an attempt")
+
+    def _be_unsure(self, digest: bytes) -> None:
+        self._unsure[digest] = None
+        while len(self._unsure) > UNSURE_MAX:
+            self._unsure.popitem(last=False)
 
     async def _stream(self, run: SharedRun, events: Answering) -> pb.GenerateChunk:
         """Hand on every chunk but the last, at the pace of the readers; the last one.
@@ -321,8 +340,8 @@ class Idempotency:
         answer = Answer(request_id=claim.request_id, usage=usage, sealed=sealed)
         self._late[claim.digest] = (claim, answer)
         while len(self._late) > LATE_MAX:
-            # Its claim counts as ended when the key comes again, and its charge is given back.
-            self._late.popitem(last=False)
+            # It will be run again, and its charge given back.
+            self._be_unsure(self._late.popitem(last=False)[0])
         try:
             await self._store_late(claim.digest)
         except IdempotencyUnavailable as error:

@@ -101,6 +101,8 @@ _STEP_BACK = f"""
 UPDATE idempotency SET state = 'ended', attempt = attempt - 1 {_MINE} AND attempt > 1
 """  # noqa: S608 - the same
 _FORGET = f"DELETE FROM idempotency {_MINE} AND attempt = 1"  # noqa: S608 - the same
+_OURS = """
+SELECT attempt, request_id FROM idempotency WHERE digest = ? AND owner = ? AND state = 'running'"""
 _OWED = "SELECT owed FROM idempotency WHERE digest = ?"
 _DEBTS = """
 SELECT digest, tenant_id, owed FROM idempotency
@@ -167,6 +169,12 @@ class ClaimRows:
     def release(self, claim: Claim) -> None:
         self._execute(_FORGET, self._mine(claim))
         self._execute(_STEP_BACK, self._mine(claim))
+
+    def end_ours(self, digest: bytes) -> None:
+        row = self._execute(_OURS + self._locking, (digest, self._owner)).fetchone()
+        if row is not None:
+            attempt, request_id = row
+            self.end(Claim(digest=digest, attempt=attempt, request_id=request_id), owes=True)
 
     def debts(self) -> Sequence[Debt]:
         rows = self._execute(_DEBTS, (SWEEP_ROWS,)).fetchall()

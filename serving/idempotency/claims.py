@@ -135,6 +135,14 @@ class ClaimStore(Protocol):
         """The attempt never began: as if it had not been claimed."""
         ...
 
+    async def end_ours(self, digest: bytes) -> None:
+        """Whatever this frontend claimed under the key has ended, and may have been charged.
+
+        For a call of which it is not known what became of it: until it is noted, another frontend
+        would take it for running.
+        """
+        ...
+
     async def debts(self) -> Sequence[Debt]:
         """At most SWEEP_ROWS keys that were answered and still owe."""
         ...

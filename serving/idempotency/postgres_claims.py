@@ -83,6 +83,9 @@ class PostgresClaims:
     async def release(self, claim: Claim) -> None:
         await self._do(lambda rows: rows.release(claim))
 
+    async def end_ours(self, digest: bytes) -> None:
+        await self._do(lambda rows: rows.end_ours(digest))
+
     async def debts(self) -> Sequence[Debt]:
         return await self._do(lambda rows: rows.debts())
 

@@ -110,6 +110,9 @@ class SqliteClaims:
     async def release(self, claim: Claim) -> None:
         await self._do(lambda rows: rows.release(claim))
 
+    async def end_ours(self, digest: bytes) -> None:
+        await self._do(lambda rows: rows.end_ours(digest))
+
     async def debts(self) -> Sequence[Debt]:
         return await self._do(lambda rows: rows.debts())
 

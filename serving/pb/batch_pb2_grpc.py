@@ -143,6 +143,7 @@ class BatchServicer:
         {"line": 8, "custom_id": "a8", "request_id": …, "status": "failed",
         "error": {"reason": "PROMPT_TOO_LONG", "what": …, "why": …, "fix": …}}
         `status` is one of succeeded, failed, cancelled and expired. Only succeeded lines are charged.
+        `cached_tokens`, `logprobs` and the like stand where GenerateResponse has them.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -6,6 +6,7 @@ SIGTERM ends it in order, after a last round of house-keeping.
 """
 
 import asyncio
+import itertools
 import json
 import os
 import signal
@@ -40,9 +41,13 @@ class FileAdjuster:
 
 
 async def tell_progress(platform: Platform) -> None:
-    while True:
+    """Meanwhile the replica that came first dies at every third commit, and another one comes."""
+    for number in itertools.count():
         await platform.frontend.batches.progressed()
         say("PROGRESS")
+        if number % 3 == 2:
+            await platform.replicas[number // 3].kill()
+            await platform.add_replica()
 
 
 async def main(home: Path) -> None:

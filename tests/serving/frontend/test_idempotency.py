@@ -16,7 +16,7 @@ from headrace.serving.admission.key_store import KeyStore
 from headrace.serving.clock import SystemClock
 from headrace.serving.domain.usage import Outcome
 from headrace.serving.frontend import shared_run
-from headrace.serving.idempotency.claims import unavailable
+from headrace.serving.idempotency.claims import Ask, Verdict, unavailable
 from headrace.serving.idempotency.sqlite_claims import SqliteClaims
 from headrace.serving.testing.clock import LeapingClock
 from headrace.serving.testing.fake_adjuster import FakeAdjuster
@@ -509,6 +509,31 @@ def test_another_frontends_call_is_not_run_again_here(tmp_path: Path) -> None:
             assert retry_of(error)
             assert (await again.finishes()).done == done
             assert await again.was_replayed()
+            assert len(served(here)) == 1
+
+    play(tmp_path, story)
+
+
+class ForgetfulStore(SqliteClaims):
+    """A store whose answer to a claim is lost on the way."""
+
+    async def claim(self, ask: Ask) -> Verdict:
+        await super().claim(ask)
+        raise unavailable("the connection broke")
+
+
+def test_a_claim_whose_answer_was_lost_does_not_block_the_key_elsewhere(tmp_path: Path) -> None:
+    async def story(here: Platform) -> None:
+        async with Platform(tmp_path) as there:
+            idempotency = there.frontend.idempotency
+            idempotency._store.__class__ = ForgetfulStore
+            assert reason_of(await refusal_of(Caller(there))) == "IDEMPOTENCY_UNAVAILABLE"
+            assert reason_of(await refusal_of(Caller(here))) == "IDEMPOTENCY_IN_FLIGHT"
+            await idempotency.keep_house()
+            last = Caller(here)
+            await last.finishes()
+
+            assert len(last.answers[0][0]) == 12
             assert len(served(here)) == 1
 
     play(tmp_path, story)
