@@ -105,7 +105,7 @@ class BatchRun:
         prepare: Prepare,
         room: Room,
         give_back: GiveBackLine,
-        on_progress: Callable[[], None],
+        on_progress: Callable[[], Awaitable[None]],
         clock: Clock,
     ) -> None:
         self.batch = batch = lease.batch
@@ -303,7 +303,7 @@ class BatchRun:
             del self._results[: len(group)]
             for result in group:
                 self._done.add(result.line)
-            self._on_progress()
+            await self._on_progress()
         self.batch = await asyncio.to_thread(self._store.renew, batch_id, now_unix_ms=now_unix_ms)
 
     async def _fill_up(self, state: BatchState) -> None:
@@ -357,7 +357,7 @@ class BatchRun:
             now_unix_ms=self._clock.unix_ms(),
             why=why,
         )
-        self._on_progress()
+        await self._on_progress()
         log.batch_moved(
             batch_id=self.batch.batch_id,
             tenant_id=self.batch.tenant_id,

@@ -70,7 +70,9 @@ class BatchRunner:
         """Model and time of entry of each running line."""
         self._next_place = 0
         self._changed = asyncio.Event()
-        self._progress: asyncio.Event = asyncio.Event()
+        self._has_progressed = asyncio.Condition()
+        self.progress = 0
+        """Grows when results of a batch became durable, or one entered another state."""
         self._is_empty = asyncio.Event()
         self._is_empty.set()
         self._is_draining = False
@@ -99,9 +101,11 @@ class BatchRunner:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def progressed(self) -> None:
-        """Wait until more results of a batch are durable, or one entered another state."""
-        await self._progress.wait()
+    async def progressed(self, seen: int) -> int:
+        """Wait until `progress` is past `seen`; what it is then."""
+        async with self._has_progressed:
+            await self._has_progressed.wait_for(lambda: self.progress > seen)
+        return self.progress
 
     async def enter(self, model: str) -> int:
         """See `Room`."""
@@ -168,9 +172,10 @@ class BatchRunner:
             self._runs[lease.batch.batch_id] = (run, task)
             task.add_done_callback(lambda task, name=lease.batch.batch_id: self._ran(task, name))
 
-    def _progressed(self) -> None:
-        self._progress.set()
-        self._progress = asyncio.Event()
+    async def _progressed(self) -> None:
+        async with self._has_progressed:
+            self.progress += 1
+            self._has_progressed.notify_all()
 
     def _ran(self, task: "asyncio.Task[None]", batch_id: str) -> None:
         del self._runs[batch_id]

@@ -42,8 +42,9 @@ class FileAdjuster:
 
 async def tell_progress(platform: Platform) -> None:
     """Meanwhile the replica that came first dies at every third commit, and another one comes."""
+    seen = 0
     for number in itertools.count():
-        await platform.frontend.batches.progressed()
+        seen = await platform.frontend.batches.progressed(seen)
         say("PROGRESS")
         if number % 3 == 2:
             await platform.replicas[number // 3].kill()

@@ -60,11 +60,10 @@ class Customer:
         self, batch_id: str, until: Callable[[pb.BatchInfo], bool] = lambda i: i.state in FINAL
     ) -> pb.BatchInfo:
         while True:
-            progress = asyncio.ensure_future(self._runner.progressed())
+            seen = self._runner.progress
             if until(info := await self.looks(batch_id)):
-                progress.cancel()
                 return info
-            await progress
+            await self._runner.progressed(seen)
 
     async def cancels(self, batch_id: str) -> pb.BatchInfo:
         request = pb.CancelBatchRequest(batch_id=batch_id)
