@@ -232,3 +232,10 @@ def test_every_number_in_the_configuration_has_bounds():
 
     assert len(kinds) >= 8
     assert unbounded == []
+
+
+def test_a_truth_is_true_or_false_and_nothing_like_it(tmp_path):
+    assert not load(tmp_path, "idempotency: {keep_answers: false}").idempotency.keep_answers
+    for near in ("0", "'no'", "1"):
+        with pytest.raises(ConfigRefused, match="true or false"):
+            load(tmp_path, f"idempotency: {{keep_answers: {near}}}")

@@ -2,6 +2,7 @@
 
 import asyncio
 import errno
+import itertools
 import json
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
@@ -17,6 +18,7 @@ from google.rpc.status_pb2 import Status
 from headrace.serving.admission.key_store import KeyStore
 from headrace.serving.clock import SystemClock
 from headrace.serving.domain.usage import Outcome
+from headrace.serving.errors import Overloaded
 from headrace.serving.frontend import batch_results
 from headrace.serving.frontend.status import DETAILS_KEY
 from headrace.serving.jobs import batch_files
@@ -410,6 +412,33 @@ def test_rows_stay_free_for_those_who_cannot_wait(tmp_path: Path) -> None:
         await customer.waits(batch.batch_id)
 
         assert max(len(step) for step in replica.engine.steps) <= 7
+
+    play(tmp_path, story)
+
+
+def test_a_batch_that_is_refused_for_now_waits_as_long_as_it_is_told(tmp_path: Path) -> None:
+    """At least: each time that it is refused again it waits twice as long."""
+
+    async def story(platform: Platform) -> None:
+        customer = Customer(platform)
+        runner = platform.frontend.batches
+        real = runner._prepare
+        refused_s: list[float] = []
+
+        async def prepare(*args: Any, **options: Any) -> Any:
+            if len(refused_s) < 3:
+                refused_s.append(asyncio.get_running_loop().time())
+                raise Overloaded("Full.", why="It is.", fix="Wait.", retry_after_ms=100)
+            return await real(*args, **options)
+
+        runner._prepare = prepare
+        batch = await customer.submits([line(1)])
+        ended = await customer.waits(batch.batch_id)
+
+        assert ended.counts.succeeded == 1
+        gaps_s = [later - first for first, later in itertools.pairwise(refused_s)]
+        assert gaps_s[0] >= 0.09
+        assert gaps_s[1] >= 0.19, "and twice as long the next time"
 
     play(tmp_path, story)
 

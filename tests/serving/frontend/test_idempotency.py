@@ -21,6 +21,7 @@ from headrace.serving.idempotency.sqlite_claims import SqliteClaims
 from headrace.serving.testing.clock import LeapingClock
 from headrace.serving.testing.fake_adjuster import FakeAdjuster
 from headrace.serving.testing.platform import MODEL, Platform
+from headrace.serving.testing.postgres import PostgresServer
 from headrace.v1 import inference_pb2 as pb
 
 DAY_S = 86_400
@@ -537,3 +538,36 @@ def test_a_claim_whose_answer_was_lost_does_not_block_the_key_elsewhere(tmp_path
             assert len(served(here)) == 1
 
     play(tmp_path, story)
+
+
+def test_frontends_of_two_machines_share_their_keys_in_postgresql(tmp_path: Path) -> None:
+    """And when the database is gone, calls with a key wait, and others are served."""
+    dsn = tmp_path / "dsn"
+    homes = [tmp_path / name for name in ("here", "there")]
+    for home in homes:
+        home.mkdir()
+        (home / "pepper").write_text("0123456789abcdef" * 4)  # A cluster has one, mounted.
+    overrides: dict[str, object] = {"idempotency.postgres_path": str(dsn)}
+
+    with PostgresServer() as postgres:
+        dsn.write_text(postgres.dsn)
+
+        async def story(here: Platform) -> None:
+            async with Platform(homes[1], overrides=overrides) as there:
+                (replica,) = there.replicas
+                replica.engine.hold(after_steps=3)
+                running = Caller(there)
+                await running.reads(1)
+                assert reason_of(await refusal_of(Caller(here))) == "IDEMPOTENCY_IN_FLIGHT"
+                replica.engine.release()
+                done = (await running.finishes()).done
+                assert (await Caller(here).finishes()).done == done
+                assert served(here) == []
+
+                await asyncio.to_thread(postgres.stop)
+                error = await refusal_of(Caller(here, key="another"))
+                assert reason_of(error) == "IDEMPOTENCY_UNAVAILABLE"
+                await here.stub.GenerateUnary(asking(), metadata=here.metadata)
+                assert len(served(here)) == 1
+
+        play(homes[0], story, overrides=overrides)

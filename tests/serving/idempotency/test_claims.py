@@ -218,6 +218,24 @@ def test_our_own_claim_that_nothing_runs_any_more_counts_as_ended(frontends: Fro
     play(story)
 
 
+def test_what_a_frontend_is_unsure_of_it_can_end(frontends: Frontends) -> None:
+    """Whatever it had claimed under the key, and nothing of anybody else's."""
+
+    async def story() -> None:
+        a, b = frontends.starts("a"), frontends.starts("b")
+        await asyncio.gather(a.renew(), b.renew())
+        await frontends.claims(a)
+        await b.end_ours(b"k1")
+        assert await b.claim(asks()) == Elsewhere("r1")
+        await a.end_ours(b"k1")
+        second = await frontends.claims(b)
+        await b.finish(second, answers("r2"), expires_unix_ms=DAY_MS)
+
+        assert [debt.request_ids for debt in await b.debts()] == [["r1"]]
+
+    play(story)
+
+
 def test_an_attempt_that_never_began_leaves_no_trace(frontends: Frontends) -> None:
     async def story() -> None:
         a = frontends.starts("a")
