@@ -21,6 +21,7 @@ VERBS = {
     "compile": "build an engine from a checkpoint",
     "models": "pull, list and inspect models",
     "chat": "talk to a served model",
+    "batch": "run a file of requests at half price",
     "orgs": "make, list and suspend organisations",
     "tenants": "the same as orgs",
     "projects": "make, list and suspend projects",

@@ -6,7 +6,7 @@ What the server refuses arrives as a `RemoteRefusal` with the server's own three
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import cast
+from typing import Self, cast
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -44,7 +44,7 @@ class Client:
         self._channel = open_channel(address, root_certificates)
         self._stub = inference_pb2_grpc.InferenceStub(self._channel)
 
-    def __enter__(self) -> "Client":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

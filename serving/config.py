@@ -14,6 +14,8 @@ from pathlib import Path
 import yaml
 
 from headrace.serving.config_accounts import AccountsConfig, OperatorIssuer
+from headrace.serving.config_jobs import BatchConfig, IdempotencyConfig
+from headrace.serving.config_metering import LedgerConfig, MeterConfig
 from headrace.serving.config_prices import PricesConfig, check_whole_rates
 from headrace.serving.config_reader import Reader, bounded, override, port, read_yaml
 from headrace.serving.config_tiers import TiersConfig
@@ -97,40 +99,6 @@ class DirectoryConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MeterConfig:
-    """How usage is recorded. A dead frontend under-bills at most one checkpoint interval."""
-
-    checkpoint_tokens: int = bounded(64, 1, 1 << 20)
-    """Tokens after which a stream's usage is written again: 1.4 s at reading speed."""
-    checkpoint_s: float = bounded(1.0, 0.01, 60)
-    """Longest that delivered tokens stay unwritten: one write a second for all streams together."""
-    queue_max: int = bounded(4096, 16, 1 << 20)
-    """Events that may wait for the disk: a fifth of a second at the 20,000 a second it takes."""
-    segment_bytes: int = bounded(16 << 20, 1 << 20, 1 << 30)
-    """Of each file of the meter log: about 60,000 events. Twice that is set aside beforehand. A
-    quarter of it bounds the requests that may be open at once: 12,000."""
-    seal_s: float = bounded(3600.0, 1, 604_800)
-    """Longest that events stay without a Seal, which is what usage reports are made of."""
-    unprojected_max: int = bounded(1 << 20, 1024, 1 << 26)
-    """Requests that the ledger may lag behind before new ones are refused: an hour of 290 a second.
-    Their ids are remembered meanwhile, in about 300 MB, so that none is served twice."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LedgerConfig:
-    """Where the meter log is projected to, beside `ledger.db` in the home."""
-
-    postgres_dsn_file: Path | None = None
-    """File with a PostgreSQL connection string, which is a secret: the ledger that all frontends
-    share. It may be gone for as long as the log has room; serving does not wait for it."""
-    sink_url: str | None = None
-    """Receives a CloudEvent for every request that ended, for example
-    https://openmeter.example/api/v1/events."""
-    sink_token_file: Path | None = None
-    """File with the bearer token for sink_url."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class QuotaConfig:
     """How limits are shared between frontends."""
 
@@ -178,6 +146,8 @@ class Config:
     file changes. One that an operator set with `headrace limits set` stands in place of the one
     here for the same subject, model and metric."""
     quota: QuotaConfig = field(default_factory=QuotaConfig)
+    idempotency: IdempotencyConfig = field(default_factory=IdempotencyConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
 
     @classmethod
@@ -247,6 +217,19 @@ class Config:
     @property
     def quota_path(self) -> Path:
         return self.home / "quota.db"
+
+    @property
+    def idempotency_path(self) -> Path:
+        return self.home / "idempotency.db"
+
+    @property
+    def batches_dir(self) -> Path:
+        return self.home / "batches"
+
+    @property
+    def epochs_dir(self) -> Path:
+        """Locks of the frontends that live; see `epochs.py`."""
+        return self.home / "epochs"
 
     @property
     def keys_path(self) -> Path:

@@ -109,6 +109,8 @@ class Reader:
                 why = f"It is one of {', '.join(names)}."
                 raise self.refusal(path, raw, why, "Choose one of these.")
             return kind(raw)
+        if kind is bool and isinstance(raw, bool):
+            return raw
         # A bool is an int to Python, and never to the person who wrote the file.
         if kind is int and isinstance(raw, int) and not isinstance(raw, bool):
             return self._within(raw, path, rule)

@@ -10,6 +10,8 @@
     x AccountSuspended      PERMISSION_DENIED    the key's organisation or project is suspended
   x AlreadyServed           ALREADY_EXISTS       this request_id was used before
   x IdempotencyConflict     ALREADY_EXISTS       this idempotency key came with another request
+  x IdempotencyInFlight     ALREADY_EXISTS       its first call runs elsewhere: retry for its answer
+  x IdempotencyUnavailable  UNAVAILABLE          whether the key was used cannot be looked up
   x QuotaExceeded           RESOURCE_EXHAUSTED   a rate of the caller's: retry after the time given
   x ConcurrencyExceeded     RESOURCE_EXHAUSTED   too many of the caller's requests at once
   x BudgetExhausted         RESOURCE_EXHAUSTED   the caller's money is spent; waiting may not help
@@ -130,6 +132,16 @@ class AlreadyServed(ServingError):
 class IdempotencyConflict(ServingError):
     code = Code.ALREADY_EXISTS
     reason = "IDEMPOTENCY_CONFLICT"
+
+
+class IdempotencyInFlight(ServingError):
+    code = Code.ALREADY_EXISTS
+    reason = "IDEMPOTENCY_IN_FLIGHT"
+
+
+class IdempotencyUnavailable(ServingError):
+    code = Code.UNAVAILABLE
+    reason = "IDEMPOTENCY_UNAVAILABLE"
 
 
 class LimitExceeded(ServingError):

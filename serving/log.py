@@ -104,6 +104,45 @@ def request_refused(
     )
 
 
+def request_replayed(*, request_id: str, tenant_id: str, attempt: str) -> None:
+    """An idempotency key was used again: `attached` to the running call, or `answered` anew."""
+    _event(
+        logging.INFO,
+        "request_replayed",
+        request_id=request_id,
+        tenant_id=tenant_id,
+        attempt=attempt,
+    )
+
+
+def given_back(*, tenant_id: str, request_id: str, amount_nano: int, why: str) -> None:
+    """The charge of a request whose result nobody has was reversed."""
+    _event(
+        logging.WARNING,
+        "given_back",
+        tenant_id=tenant_id,
+        request_id=request_id,
+        amount_nano=amount_nano,
+        why=why,
+    )
+
+
+def batch_moved(
+    *, batch_id: str, tenant_id: str, state: str, lines: int, done: int, why: str | None = None
+) -> None:
+    """A batch entered a state; `done` of its `lines` have a result."""
+    _event(
+        logging.INFO,
+        "batch_moved",
+        batch_id=batch_id,
+        tenant_id=tenant_id,
+        state=state,
+        lines=lines,
+        done=done,
+        why=why,
+    )
+
+
 def replica_joined(*, replica_id: str, model: str, version: str, address: str) -> None:
     _event(
         logging.INFO,

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -12,8 +11,7 @@ from pathlib import Path
 from rich.console import Console
 
 from headrace.deploy.client import Client
-from headrace.serving.admission.accounts import demo_key
-from headrace.serving.config import Config
+from headrace.deploy.connection import add_connection, address_and_key, certificates
 from headrace.serving.errors import InvalidRequest, ServingError
 from headrace.v1 import inference_pb2
 
@@ -54,10 +52,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     shape.add_argument(
         "--choice", action="append", metavar="TEXT", help="the answer is one of these; repeatable"
     )
-    parser.add_argument("--address", help="host:port of the gRPC service")
-    parser.add_argument("--key", help="API key (default: HEADRACE_API_KEY, else the demo key)")
-    parser.add_argument("--ca", type=Path, help="PEM file of certificates; turns TLS on")
-    parser.add_argument("--home", type=Path, help="state folder (default: HEADRACE_HOME)")
+    add_connection(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=run)
 
@@ -69,10 +64,7 @@ def run(args: argparse.Namespace) -> int:
             why="One object is printed for one answer.",
             fix='Add the question: headrace chat --json "…"',
         )
-    config = Config.load(args.home)
-    address = args.address or f"{_reachable(config.frontend.host)}:{config.frontend.grpc_port}"
-    ca = args.ca or config.frontend.tls_cert
-    with Client(address, _key(args.key, config), root_certificates=ca) as client:
+    with Client(*address_and_key(args), root_certificates=certificates(args)) as client:
         asked = _request(args, args.model or client.only_model())
         if args.text is None:
             return _converse(client, asked)
@@ -256,16 +248,3 @@ def _schema(argument: str) -> str:
             fix="Check the path.",
             field="json_schema",
         ) from error
-
-
-def _key(given: str | None, config: Config) -> str:
-    """The given key, else the environment's, else the demo key of the local home."""
-    if key := given or os.environ.get("HEADRACE_API_KEY"):
-        return key
-    config.prepare_home()
-    return demo_key(config)
-
-
-def _reachable(host: str) -> str:
-    """Where a server that listens on `host` is reached from this machine."""
-    return "127.0.0.1" if host in ("0.0.0.0", "::", "") else host  # noqa: S104  Compared, not bound.

@@ -53,6 +53,22 @@ class Authenticator:
         view.used(shape[1], now_unix_ms)
         return known.caller
 
+    def still_admits(self, key_id: str) -> Caller:
+        """Who a key belongs to that was checked before, for work that goes on without its caller.
+
+        Raises:
+            Unauthenticated: it is no longer in force.
+            AccountSuspended, AccountsUnavailable: as `authenticate`.
+        """
+        known = self._view.key(key_id)
+        if known is None or self._clock.unix_ms() >= known.expires_unix_ms:
+            raise _refusal()
+        if self._view.is_stale:
+            raise _stale()
+        if self._view.is_suspended(known.caller):
+            raise _suspended(known.caller)
+        return known.caller
+
     def cache_salt(self, tenant_id: str) -> bytes:
         """16 bytes that keep a tenant's prefix cache apart from every other's.
 

@@ -94,7 +94,8 @@ class ReplicaFleet:
             on_change: called after anything that may change which models can be served.
         """
         self._on_change = on_change
-        self._expected = frozenset(expected)
+        self.expected = frozenset(expected)
+        """Models that the configuration names."""
         self._token = cluster_token
         self._clock = clock
         self._metrics = metrics
@@ -206,8 +207,8 @@ class ReplicaFleet:
         if deadline_ms is not None:
             until_ms = min(until_ms, deadline_ms)
         while (served := self.model(name)) is None:
-            if name not in self._expected:
-                known = {endpoint.facts.model for endpoint in self.endpoints} | self._expected
+            if name not in self.expected:
+                known = {endpoint.facts.model for endpoint in self.endpoints} | self.expected
                 raise model_not_found(name, sorted(known))
             now_ms = self._clock.monotonic_ms()
             if now_ms >= until_ms:

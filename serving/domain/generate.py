@@ -36,6 +36,8 @@ class Generate:
     """The same instant on the frontend's monotonic clock."""
     deadline_ms: float | None = None
     """On the frontend's monotonic clock; None is no deadline."""
+    idempotency_digest: bytes = field(default=b"", repr=False)
+    """Of the tenant's idempotency key; empty without one."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -279,6 +279,16 @@ def usage_to_wire(usage: Usage) -> usage_pb2.Usage:
     )
 
 
+def usage_from_wire(usage: usage_pb2.Usage) -> Usage:
+    return Usage(
+        prompt_tokens=usage.prompt_tokens,
+        cached_tokens=usage.cached_tokens,
+        completion_tokens=usage.completion_tokens,
+        reasoning_tokens=usage.reasoning_tokens,
+        cache_write_tokens=usage.cache_write_tokens,
+    )
+
+
 def charge_to_wire(settled: Settled) -> usage_pb2.Charge:
     return usage_pb2.Charge(
         nano=settled.charge_nano,

@@ -7,9 +7,13 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from headrace.serving.channel.fleet import ReplicaFleet
 from headrace.serving.frontend.inference import Gate
-from headrace.v1 import inference_pb2
+from headrace.v1 import batch_pb2, inference_pb2
 
-SERVICES = ("", inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name)
+SERVICES = (
+    "",
+    inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name,
+    batch_pb2.DESCRIPTOR.services_by_name["Batch"].full_name,
+)
 """Names one may ask grpc.health.v1 about; the empty one is the server as a whole."""
 
 

@@ -2,9 +2,10 @@
 
 import asyncio
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import Executor
 from contextlib import aclosing, asynccontextmanager
+from dataclasses import replace
 
 import grpc.aio
 
@@ -22,19 +23,17 @@ from headrace.serving.domain.usage import Outcome, Price
 from headrace.serving.domain.verdict import Measured
 from headrace.serving.endings import Refusal, outcome_of
 from headrace.serving.engine import structured
-from headrace.serving.errors import (
-    DeadlineExceeded,
-    Draining,
-    LimitExceeded,
-    Overloaded,
-    ServingError,
-    UnknownUnit,
-)
-from headrace.serving.frontend import convert, rules
+from headrace.serving.errors import DeadlineExceeded, LimitExceeded, ServingError, UnknownUnit
+from headrace.serving.frontend import convert, replay, rules
 from headrace.serving.frontend.convert import Acceptance, ChunkWriter
+from headrace.serving.frontend.gate import Gate
+from headrace.serving.frontend.idempotency import REPLAYED, Answering, Idempotency
+from headrace.serving.frontend.idempotency_key import has_key, key_of
 from headrace.serving.frontend.interceptors import caller
 from headrace.serving.frontend.model_shelf import ModelShelf
 from headrace.serving.frontend.quota_metadata import quota_metadata
+from headrace.serving.frontend.shared_run import Reader
+from headrace.serving.idempotency.claims import Claim
 from headrace.serving.observe import Metrics
 from headrace.serving.pipeline import Pipeline
 from headrace.serving.receipts import receipt_of
@@ -52,49 +51,6 @@ TRACE_KEYS = ("traceparent", "tracestate")
 """What a tracer sees of a call's metadata: never the key."""
 
 
-class Gate:
-    """How many answers are open, and whether another may begin. Owned by the event loop."""
-
-    def __init__(self, streams_max: int) -> None:
-        self._streams_max = streams_max
-        self.is_draining = False
-        self.num_open = 0
-        self._is_empty = asyncio.Event()
-        self._is_empty.set()
-
-    def enter(self) -> None:
-        """Take a place.
-
-        Raises:
-            Draining: this frontend is shutting down.
-            Overloaded: all places are taken.
-        """
-        if self.is_draining:
-            raise Draining(
-                "This frontend is shutting down.",
-                why="It finishes the answers it has and takes no new ones.",
-                fix="Connect again: another frontend, or its successor, takes the request.",
-                retry_after_ms=RETRY_AFTER_MS,
-            )
-        if self.num_open >= self._streams_max:
-            raise Overloaded(
-                f"{self.num_open} answers are open on this frontend.",
-                why="That is its bound.",
-                fix="Retry after the time given, with jitter.",
-                retry_after_ms=RETRY_AFTER_MS,
-            )
-        self.num_open += 1
-        self._is_empty.clear()
-
-    def leave(self) -> None:
-        self.num_open -= 1
-        if not self.num_open:
-            self._is_empty.set()
-
-    async def wait_empty(self) -> None:
-        await self._is_empty.wait()
-
-
 class InferenceService(inference_pb2_grpc.InferenceServicer):
     """See inference.proto for what each method promises."""
 
@@ -102,27 +58,29 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         self,
         *,
         pipeline: Pipeline,
-        quota: Quota,
         fleet: ReplicaFleet,
         shelf: ModelShelf,
         authenticator: Authenticator,
         price_for: Callable[[str, Tier], Price],
         tiers: TierDesk,
+        quota: Quota,
         executor: Executor,
         gate: Gate,
+        idempotency: Idempotency,
         metrics: Metrics,
         tracer: Tracer,
         clock: Clock,
     ) -> None:
         self._pipeline = pipeline
-        self._quota = quota
         self._fleet = fleet
         self._shelf = shelf
         self._authenticator = authenticator
         self._price_for = price_for
         self._tiers = tiers
+        self._quota = quota
         self._executor = executor
         self._gate = gate
+        self._idempotency = idempotency
         self._metrics = metrics
         self._tracer = tracer
         self._clock = clock
@@ -130,27 +88,27 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
     async def Generate(
         self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext
     ) -> None:
+        if has_key(context.invocation_metadata()):
+            await self._generate_once(request, context)
+            return
         accepted = await self._accept(request, context)
         try:
             with self._metrics.stream():
-                writer = ChunkWriter(accepted.request_id)
-                span = self._start_span(accepted, request, context, stream=True)
                 async with (
                     self._telling_limits(accepted, context) as tell,
-                    aclosing(self._pipeline.generate(accepted, span=span)) as events,
+                    aclosing(self._streamed(accepted, request, context)) as messages,
                 ):
-                    async for event in events:
+                    async for message in messages:
                         await tell()
-                        if isinstance(event, generate.Settled):
-                            await context.write(writer.done(event))
-                        else:
-                            await context.write(writer.chunk(event))
+                        await context.write(message)
         finally:
             self._gate.leave()
 
     async def GenerateUnary(
         self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext
     ) -> pb.GenerateResponse:
+        if has_key(context.invocation_metadata()):
+            return await self._answer_once(request, context)
         accepted = await self._accept(request, context)
         try:
             with self._metrics.stream():
@@ -166,8 +124,8 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         self, request: pb.CountTokensRequest, context: grpc.aio.ServicerContext
     ) -> pb.CountTokensResponse:
         rules.check_model_name(request.model)
-        check_model(caller(), request.model)
         rules.check_input(request)
+        check_model(caller(), request.model)
         deadline_ms = self._deadline_ms(context, self._clock.monotonic_ms())
         served = await self._fleet.find(request.model, deadline_ms=deadline_ms)
         model = await self._shelf.get(served.newest)
@@ -196,18 +154,82 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         served = await self._fleet.find(request.model, deadline_ms=deadline_ms)
         return convert.model_to_wire(served, self._price_for(served.name, Tier.STANDARD))
 
+    async def prepare(
+        self,
+        message: pb.GenerateRequest,
+        by: Caller,
+        *,
+        request_id: str,
+        deadline_ms: float | None,
+        tier: Tier,
+    ) -> generate.Generate:
+        """What the pipeline runs for `message`, whoever brings it: checked, tokenised, priced.
+
+        Args:
+            message: its own request_id is left out of account.
+            by: who is charged.
+            request_id: unique within the tenant.
+            deadline_ms: on our monotonic clock.
+            tier: of the price and of the place in every queue.
+
+        Raises:
+            InvalidRequest, PermissionDenied, ModelNotFound, Overloaded, DeadlineExceeded,
+                EngineFault: it cannot be run, or not now.
+        """
+        now_ms, now_unix_ms = self._clock.monotonic_ms(), self._clock.unix_ms()
+        rules.check_request(message)
+        check_model(by, message.model)
+        check_tier(by, tier)
+        served = await self._fleet.find(message.model, deadline_ms=deadline_ms)
+        acceptance = Acceptance(
+            caller=by,
+            request_id=request_id,
+            price=self._price_for(message.model, tier),
+            terms=self._tiers.terms(by.tenant_id, model=message.model, tier=tier),
+            cache_salt=self._authenticator.cache_salt(by.tenant_id),
+            accepted_unix_ms=now_unix_ms,
+            accepted_ms=now_ms,
+            deadline_ms=deadline_ms,
+        )
+        model = await self._shelf.get(served.newest)
+        grammar = convert.grammar_of(message)
+        if grammar is not None:
+            loop = asyncio.get_running_loop()
+            await loop.run_in_executor(self._executor, structured.validate, grammar)
+        ids = await self._off_loop(
+            convert.text_chars(message), lambda: convert.prompt_ids(message, model)
+        )
+        return convert.generate_from_wire(
+            message, ids=ids, model=model, served=served, acceptance=acceptance
+        )
+
     async def _accept(
         self, message: pb.GenerateRequest, context: grpc.aio.ServicerContext
     ) -> generate.Generate:
-        """Everything before the pipeline; the caller leaves the gate after it returned.
+        """Everything before the pipeline; the caller leaves the gate after it returned."""
+        by = caller()
+        async with self._entered(message, by, context):
+            return await self.prepare(
+                message,
+                by,
+                request_id=_checked_id(message) or uuid.uuid4().hex,
+                deadline_ms=self._deadline_ms(context, self._clock.monotonic_ms()),
+                tier=convert.tier_from_wire(message.tier, by),
+            )
 
-        A request that ends here leaves a record all the same: it had a tenant.
+    @asynccontextmanager
+    async def _entered(
+        self, message: pb.GenerateRequest, by: Caller, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[None]:
+        """The gate, which the caller leaves unless this block raises.
+
+        A request that ends in this block leaves a record all the same: it had a tenant.
         """
-        by, came_ms = caller(), self._clock.monotonic_ms()
+        came_ms = self._clock.monotonic_ms()
         try:
             self._gate.enter()
             try:
-                return await self._prepare(message, by, context)
+                yield
             except BaseException:
                 self._gate.leave()
                 raise
@@ -239,44 +261,90 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             await self._pipeline.refuse(refusal)
             raise
 
+    async def _generate_once(
+        self, message: pb.GenerateRequest, context: grpc.aio.ServicerContext
+    ) -> None:
+        """Generate under an idempotency key."""
+        reader = await self._join(message, context, stream=True)
+        try:
+            with self._metrics.stream(), reader:
+                if reader.is_replay:
+                    await context.send_initial_metadata(REPLAYED)
+                async for chunk in reader:
+                    await context.write(chunk)
+        finally:
+            self._gate.leave()
+
+    async def _answer_once(
+        self, message: pb.GenerateRequest, context: grpc.aio.ServicerContext
+    ) -> pb.GenerateResponse:
+        """GenerateUnary under an idempotency key."""
+        reader = await self._join(message, context, stream=False)
+        try:
+            with self._metrics.stream(), reader:
+                if reader.is_replay:
+                    await context.send_initial_metadata(REPLAYED)
+                return replay.whole([chunk async for chunk in reader])
+        finally:
+            self._gate.leave()
+
+    async def _join(
+        self, message: pb.GenerateRequest, context: grpc.aio.ServicerContext, *, stream: bool
+    ) -> Reader:
+        """Run the call's request, or attach to what its key stands for; then leave the gate."""
+        by = caller()
+        async with self._entered(message, by, context):
+            key = key_of(context.invocation_metadata())
+            _checked_id(message)
+            rules.check_request(message)
+            deadline_ms = self._deadline_ms(context, self._clock.monotonic_ms())
+
+            async def start(claim: Claim) -> Answering:
+                accepted = await self.prepare(
+                    message,
+                    by,
+                    request_id=claim.request_id,
+                    deadline_ms=deadline_ms,
+                    tier=convert.tier_from_wire(message.tier, by),
+                )
+                # Each caller has a deadline of its own, at which it leaves.
+                shared = replace(accepted, deadline_ms=None, idempotency_digest=claim.digest)
+                answer = self._streamed if stream else self._at_once
+                return answer(shared, message, context)
+
+            return await self._idempotency.join(message, key=key, by=by, start=start)
+
+    async def _streamed(
+        self,
+        accepted: generate.Generate,
+        message: pb.GenerateRequest,
+        context: grpc.aio.ServicerContext,
+    ) -> AsyncGenerator[pb.GenerateChunk]:
+        """The messages of an answer, each valid until the next."""
+        writer = ChunkWriter(accepted.request_id)
+        span = self._start_span(accepted, message, context, stream=True)
+        async with aclosing(self._pipeline.generate(accepted, span=span)) as events:
+            async for event in events:
+                is_last = isinstance(event, generate.Settled)
+                yield writer.done(event) if is_last else writer.chunk(event)
+
+    async def _at_once(
+        self,
+        accepted: generate.Generate,
+        message: pb.GenerateRequest,
+        context: grpc.aio.ServicerContext,
+    ) -> AsyncGenerator[pb.GenerateResponse]:
+        """The one message of an answer: nothing is delivered, or charged, before it is whole."""
+        span = self._start_span(accepted, message, context, stream=False)
+        chunks, settled = await self._pipeline.answer(accepted, span=span)
+        yield convert.response_to_wire(accepted.request_id, accepted.n, chunks, settled)
+
     def _shown_price(self, model: str, tier: Tier) -> Price:
         """For the record of a refusal, which charges nothing: no rates where the book has none."""
         try:
             return self._price_for(model, tier)
         except UnknownUnit:
             return Price(version="", rates={})
-
-    async def _prepare(
-        self, message: pb.GenerateRequest, by: Caller, context: grpc.aio.ServicerContext
-    ) -> generate.Generate:
-        now_ms, now_unix_ms = self._clock.monotonic_ms(), self._clock.unix_ms()
-        deadline_ms = self._deadline_ms(context, now_ms)
-        rules.check_request(message)
-        check_model(by, message.model)
-        tier = convert.tier_from_wire(message.tier, by)
-        check_tier(by, tier)
-        served = await self._fleet.find(message.model, deadline_ms=deadline_ms)
-        acceptance = Acceptance(
-            caller=by,
-            request_id=message.request_id or uuid.uuid4().hex,
-            price=self._price_for(message.model, tier),
-            terms=self._tiers.terms(by.tenant_id, model=message.model, tier=tier),
-            cache_salt=self._authenticator.cache_salt(by.tenant_id),
-            accepted_unix_ms=now_unix_ms,
-            accepted_ms=now_ms,
-            deadline_ms=deadline_ms,
-        )
-        model = await self._shelf.get(served.newest)
-        grammar = convert.grammar_of(message)
-        if grammar is not None:
-            loop = asyncio.get_running_loop()
-            await loop.run_in_executor(self._executor, structured.validate, grammar)
-        ids = await self._off_loop(
-            convert.text_chars(message), lambda: convert.prompt_ids(message, model)
-        )
-        return convert.generate_from_wire(
-            message, ids=ids, model=model, served=served, acceptance=acceptance
-        )
 
     @asynccontextmanager
     async def _telling_limits(
@@ -348,6 +416,18 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
                 fix="Allow more time.",
             )
         return now_ms + left_s * 1000
+
+
+def _checked_id(message: pb.GenerateRequest) -> str:
+    """The caller's request_id, if it is not one of a batch: those name lines that we run."""
+    if rules.is_of_batch(message.request_id):
+        raise rules.refused(
+            "request_id",
+            f"The request_id {message.request_id!r} is that of a batch's line.",
+            why="Ids of the form batch_….line are given to the lines of batches.",
+            fix="Send a UUID, or leave it empty and the server chooses one.",
+        )
+    return message.request_id
 
 
 def _ending_of_leaver(context: grpc.aio.ServicerContext) -> Outcome:

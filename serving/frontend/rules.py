@@ -22,10 +22,16 @@ OPTIONS_BYTES_MAX = 64 << 10
 MODEL_CHARS_MAX = 128
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
+_BATCH_LINE = re.compile(r"batch_[0-9a-f]{32}\..*")
 
 
 def valid_request_id(request_id: str) -> bool:
     return _REQUEST_ID.fullmatch(request_id) is not None
+
+
+def is_of_batch(request_id: str) -> bool:
+    """Whether it has the form that the lines of batches have; see `domain/batch.py`."""
+    return _BATCH_LINE.fullmatch(request_id) is not None
 
 
 def check_request(message: pb.GenerateRequest) -> None:

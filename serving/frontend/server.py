@@ -32,19 +32,23 @@ from headrace.serving.clock import Clock, SystemClock
 from headrace.serving.config import Config
 from headrace.serving.errors import ConfigRefused
 from headrace.serving.frontend.admin import AdminService
+from headrace.serving.frontend.batch import BatchService
+from headrace.serving.frontend.gate import Gate
 from headrace.serving.frontend.health import SERVICES, Readiness
 from headrace.serving.frontend.http import HttpServer
-from headrace.serving.frontend.inference import Gate, InferenceService
+from headrace.serving.frontend.inference import InferenceService
 from headrace.serving.frontend.interceptors import Edge
+from headrace.serving.frontend.job_parts import JobParts
 from headrace.serving.frontend.model_shelf import Load, ModelShelf, load_from_artifact
 from headrace.serving.frontend.peer import Peers
 from headrace.serving.frontend.quota_parts import QuotaParts
 from headrace.serving.metering.books import Books
+from headrace.serving.metering.give_back import Adjust, ChargeReversal
 from headrace.serving.observe import Metrics
 from headrace.serving.observe_quota import QuotaMetrics
 from headrace.serving.pipeline import Pipeline
 from headrace.serving.tracing import tracer
-from headrace.v1 import admin_pb2, admin_pb2_grpc, inference_pb2_grpc
+from headrace.v1 import admin_pb2, admin_pb2_grpc, batch_pb2_grpc, inference_pb2_grpc
 
 HOUSEKEEPING_S = 1.0
 TOKENISER_THREADS = 2
@@ -74,6 +78,7 @@ class Frontend:
         on_meter_failed: Callable[[str], None] = lambda _: None,
         clock: Clock | None = None,
         load: Load = load_from_artifact,
+        adjust: Adjust | None = None,
     ) -> None:
         """Prepare; nothing is opened before `start`.
 
@@ -85,6 +90,7 @@ class Frontend:
                 process should end, and its successor recovers what the disk has.
             clock: of deadlines and records.
             load: where tokenizers come from.
+            adjust: writes corrections of charges; None is the meter log.
         """
         self._config = config
         self._clock = clock or SystemClock()
@@ -93,6 +99,7 @@ class Frontend:
         self._executor = ThreadPoolExecutor(TOKENISER_THREADS, thread_name_prefix="tokenise")
         self._shelf = ModelShelf(self._executor, load=load)
         self.gate = Gate(config.frontend.streams_max)
+        self._adjust = adjust
         self._on_change = on_change
         self._on_meter_failed = on_meter_failed
         self._has_changed = asyncio.Event()
@@ -101,6 +108,7 @@ class Frontend:
         self.accounts: AccountView
         self.books: Books
         self.quota: QuotaParts
+        self.jobs: JobParts
         self.fleet: ReplicaFleet
         self.pipeline: Pipeline
         self.readiness: Readiness
@@ -160,6 +168,10 @@ class Frontend:
         )
         stack.push_async_callback(self.pipeline.wait_settled)
         stack.push_async_callback(self.fleet.close)
+        give_back = ChargeReversal(books.find, self._adjust or books.adjust)
+        self.jobs = JobParts(config, epoch=self._epoch, clock=self._clock, give_back=give_back)
+        stack.push_async_callback(self.jobs.close)
+        idempotency = await self.jobs.open_calls(self.accounts.pepper.derive)
         self.readiness = Readiness(
             fleet=self.fleet, gate=self.gate, meter_healthy=lambda: books.meter.healthy
         )
@@ -173,13 +185,21 @@ class Frontend:
             tiers=tiers,
             executor=self._executor,
             gate=self.gate,
+            idempotency=idempotency,
             metrics=self.metrics,
             tracer=traces,
             clock=self._clock,
         )
+        batches = await self.jobs.open_batches(
+            service.prepare,
+            pipeline=self.pipeline,
+            fleet=self.fleet,
+            door=authenticator,
+            is_draining=lambda: self.gate.is_draining,
+        )
         directory = await self._start_directory(token)
         http = await self._start_http()
-        public = await self._start_grpc(service, admin, edge)
+        public = await self._start_grpc(service, admin, batches, edge)
         housekeeping = asyncio.get_running_loop().create_task(self._keep_house())
         stack.push_async_callback(_ended, housekeeping)
         addresses = Addresses(grpc=public, http=http, directory=directory)
@@ -279,13 +299,16 @@ class Frontend:
             where = f"{settings.host}:{settings.http_port}"
             raise _port_taken("frontend.http_port", where) from error
 
-    async def _start_grpc(self, service: InferenceService, admin: AdminService, edge: Edge) -> str:
+    async def _start_grpc(
+        self, service: InferenceService, admin: AdminService, batches: BatchService, edge: Edge
+    ) -> str:
         settings = self._config.frontend
         server = self._server = grpc.aio.server(
             interceptors=[edge], options=self._grpc_options(), compression=None
         )
         inference_pb2_grpc.add_InferenceServicer_to_server(service, server)
         admin_pb2_grpc.add_AdminServicer_to_server(admin, server)
+        batch_pb2_grpc.add_BatchServicer_to_server(batches, server)
         self.readiness.add_to(server)
         await self.readiness.publish()
         names = [*SERVICES[1:], _ADMIN, "grpc.health.v1.Health", reflection.SERVICE_NAME]

@@ -6,17 +6,23 @@ nothing here.
 """
 
 import contextlib
+import threading
 from collections.abc import Callable
 
 from headrace.serving import log
 from headrace.serving.clock import Clock
 from headrace.serving.config import Config
+from headrace.serving.domain.record import Adjustment, UsageRecord
 from headrace.serving.domain.tier import Tier
 from headrace.serving.domain.units import TEXT_UNITS
 from headrace.serving.domain.usage import Price
 from headrace.serving.errors import ConfigRefused
 from headrace.serving.metering import price_book
 from headrace.serving.metering.ledger.followers import LOCAL, SHARED, Followers
+from headrace.serving.metering.ledger.ledger import Ledger
+from headrace.serving.metering.ledger.projector import Follower
+from headrace.serving.metering.ledger.reader import LedgerReader, Which
+from headrace.serving.metering.ledger.sqlite_database import SqliteDatabase
 from headrace.serving.metering.meterlog.meter_log import MeterLog
 from headrace.serving.metering.meterlog.reader import LogReader
 from headrace.serving.metering.price_shelf import PriceShelf
@@ -80,6 +86,11 @@ class Books:
                 on_lag=lambda name, lag: tell_lag[name](lag),
             )
             self.meter.on_durable(lambda _: followers.wake())
+            ledger = Ledger(SqliteDatabase(config.ledger_path))
+            stack.callback(ledger.close)
+            self._finding = threading.Lock()
+            self._found_by = Follower(self._reader(config), ledger, clock=clock)
+            self._lookups = LedgerReader(ledger)
             self._stack = stack.pop_all()
 
     def price(self, model: str, tier: Tier = Tier.STANDARD) -> Price:
@@ -90,6 +101,26 @@ class Books:
         """
         unix_ms = self._clock.unix_ms()
         return self._prices.price(model, tier, unix_ms=unix_ms, needs=TEXT_UNITS)
+
+    def find(self, tenant_id: str, request_id: str) -> UsageRecord | None:
+        """One request, as of everything that is durable; None only when there is none. Blocks.
+
+        Raises:
+            MeterUnavailable, LedgerUnavailable: the books cannot be read.
+        """
+        with self._finding:
+            self._found_by.catch_up()
+            which = Which(tenant_id=tenant_id, request_id=request_id)
+            records = self._lookups.records(which, limit=1)
+        return records[0] if records else None
+
+    async def adjust(self, adjustment: Adjustment) -> None:
+        """Make a correction durable, once for each id.
+
+        Raises:
+            MeterUnavailable: it cannot be written; ask again.
+        """
+        await self.meter.adjust(adjustment)
 
     def refresh_prices(self) -> None:
         """Take in price books that were published since. Call it about once a second."""

@@ -41,6 +41,8 @@ class InferenceStub:
     ACCOUNT_SUSPENDED   PERMISSION_DENIED    the key's organisation or project is suspended
     ALREADY_SERVED      ALREADY_EXISTS       this request_id was used before
     IDEMPOTENCY_CONFLICT  ALREADY_EXISTS     this idempotency key came with another request
+    IDEMPOTENCY_IN_FLIGHT  ALREADY_EXISTS    its first call runs elsewhere; retry after RetryInfo
+    IDEMPOTENCY_UNAVAILABLE  UNAVAILABLE     whether the key was used cannot be looked up; retry
     QUOTA_EXCEEDED      RESOURCE_EXHAUSTED   a rate of yours; QuotaFailure says which, RetryInfo when
     CONCURRENCY_EXCEEDED  RESOURCE_EXHAUSTED  too many of your requests at once
     BUDGET_EXHAUSTED    RESOURCE_EXHAUSTED   your money budget is spent; waiting may not help
@@ -54,11 +56,19 @@ class InferenceStub:
     QUOTA_UNAVAILABLE   UNAVAILABLE          a shared limit cannot be looked up now; retry
     ENGINE_FAULT        INTERNAL             every replica failed under the request; not charged
 
-    Metadata that a call may carry: `idempotency-key` (1 to 128 printable characters, per tenant, kept
-    for 24 h): the same key with the same request answers with the original result, once charged, and
-    attaches to it while it runs. Initial metadata that answers carry: `x-ratelimit-limit-requests`,
-    `-remaining-requests`, `-reset-requests` and the same with `-tokens`, where a limit applies (the
-    tightest one); `x-budget-warning` when a soft budget is spent.
+    Metadata that a call may carry: `idempotency-key`, 1 to 128 printable ASCII characters, for Generate
+    and GenerateUnary. Within a tenant, the same key with the same request (whatever its request_id):
+    while the first call runs: attaches to it, from the beginning of its stream;
+    after its whole answer, for 24 h: is answered with that answer, once charged, and the initial
+    metadata `x-idempotent-replay: true`; ALREADY_SERVED with its request_id and usage where the
+    answer is not kept (`idempotency.keep_answers`, or one of more than 2 MiB);
+    after an end without a whole answer: runs again under a new request_id. Once that is whole, what
+    the earlier attempts were charged is given back.
+    A call goes on for as long as any of its callers is there; its deadline is each caller's own.
+
+    Initial metadata that answers carry: `x-ratelimit-limit-requests`, `-remaining-requests`,
+    `-reset-requests` and the same with `-tokens`, where a limit applies (the tightest one);
+    `x-budget-warning` when a soft budget is spent.
     """
 
     def __init__(self, channel):
@@ -110,6 +120,8 @@ class InferenceServicer:
     ACCOUNT_SUSPENDED   PERMISSION_DENIED    the key's organisation or project is suspended
     ALREADY_SERVED      ALREADY_EXISTS       this request_id was used before
     IDEMPOTENCY_CONFLICT  ALREADY_EXISTS     this idempotency key came with another request
+    IDEMPOTENCY_IN_FLIGHT  ALREADY_EXISTS    its first call runs elsewhere; retry after RetryInfo
+    IDEMPOTENCY_UNAVAILABLE  UNAVAILABLE     whether the key was used cannot be looked up; retry
     QUOTA_EXCEEDED      RESOURCE_EXHAUSTED   a rate of yours; QuotaFailure says which, RetryInfo when
     CONCURRENCY_EXCEEDED  RESOURCE_EXHAUSTED  too many of your requests at once
     BUDGET_EXHAUSTED    RESOURCE_EXHAUSTED   your money budget is spent; waiting may not help
@@ -123,11 +135,19 @@ class InferenceServicer:
     QUOTA_UNAVAILABLE   UNAVAILABLE          a shared limit cannot be looked up now; retry
     ENGINE_FAULT        INTERNAL             every replica failed under the request; not charged
 
-    Metadata that a call may carry: `idempotency-key` (1 to 128 printable characters, per tenant, kept
-    for 24 h): the same key with the same request answers with the original result, once charged, and
-    attaches to it while it runs. Initial metadata that answers carry: `x-ratelimit-limit-requests`,
-    `-remaining-requests`, `-reset-requests` and the same with `-tokens`, where a limit applies (the
-    tightest one); `x-budget-warning` when a soft budget is spent.
+    Metadata that a call may carry: `idempotency-key`, 1 to 128 printable ASCII characters, for Generate
+    and GenerateUnary. Within a tenant, the same key with the same request (whatever its request_id):
+    while the first call runs: attaches to it, from the beginning of its stream;
+    after its whole answer, for 24 h: is answered with that answer, once charged, and the initial
+    metadata `x-idempotent-replay: true`; ALREADY_SERVED with its request_id and usage where the
+    answer is not kept (`idempotency.keep_answers`, or one of more than 2 MiB);
+    after an end without a whole answer: runs again under a new request_id. Once that is whole, what
+    the earlier attempts were charged is given back.
+    A call goes on for as long as any of its callers is there; its deadline is each caller's own.
+
+    Initial metadata that answers carry: `x-ratelimit-limit-requests`, `-remaining-requests`,
+    `-reset-requests` and the same with `-tokens`, where a limit applies (the tightest one);
+    `x-budget-warning` when a soft budget is spent.
     """
 
     def Generate(self, request, context):
@@ -218,6 +238,8 @@ class Inference:
     ACCOUNT_SUSPENDED   PERMISSION_DENIED    the key's organisation or project is suspended
     ALREADY_SERVED      ALREADY_EXISTS       this request_id was used before
     IDEMPOTENCY_CONFLICT  ALREADY_EXISTS     this idempotency key came with another request
+    IDEMPOTENCY_IN_FLIGHT  ALREADY_EXISTS    its first call runs elsewhere; retry after RetryInfo
+    IDEMPOTENCY_UNAVAILABLE  UNAVAILABLE     whether the key was used cannot be looked up; retry
     QUOTA_EXCEEDED      RESOURCE_EXHAUSTED   a rate of yours; QuotaFailure says which, RetryInfo when
     CONCURRENCY_EXCEEDED  RESOURCE_EXHAUSTED  too many of your requests at once
     BUDGET_EXHAUSTED    RESOURCE_EXHAUSTED   your money budget is spent; waiting may not help
@@ -231,11 +253,19 @@ class Inference:
     QUOTA_UNAVAILABLE   UNAVAILABLE          a shared limit cannot be looked up now; retry
     ENGINE_FAULT        INTERNAL             every replica failed under the request; not charged
 
-    Metadata that a call may carry: `idempotency-key` (1 to 128 printable characters, per tenant, kept
-    for 24 h): the same key with the same request answers with the original result, once charged, and
-    attaches to it while it runs. Initial metadata that answers carry: `x-ratelimit-limit-requests`,
-    `-remaining-requests`, `-reset-requests` and the same with `-tokens`, where a limit applies (the
-    tightest one); `x-budget-warning` when a soft budget is spent.
+    Metadata that a call may carry: `idempotency-key`, 1 to 128 printable ASCII characters, for Generate
+    and GenerateUnary. Within a tenant, the same key with the same request (whatever its request_id):
+    while the first call runs: attaches to it, from the beginning of its stream;
+    after its whole answer, for 24 h: is answered with that answer, once charged, and the initial
+    metadata `x-idempotent-replay: true`; ALREADY_SERVED with its request_id and usage where the
+    answer is not kept (`idempotency.keep_answers`, or one of more than 2 MiB);
+    after an end without a whole answer: runs again under a new request_id. Once that is whole, what
+    the earlier attempts were charged is given back.
+    A call goes on for as long as any of its callers is there; its deadline is each caller's own.
+
+    Initial metadata that answers carry: `x-ratelimit-limit-requests`, `-remaining-requests`,
+    `-reset-requests` and the same with `-tokens`, where a limit applies (the tightest one);
+    `x-budget-warning` when a soft budget is spent.
     """
 
     @staticmethod

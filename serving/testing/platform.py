@@ -14,12 +14,13 @@ from headrace.serving.admission.accounts import demo_key
 from headrace.serving.admission.key_store import cluster_token
 from headrace.serving.channel.directory import Announcer
 from headrace.serving.channel.replica_server import ReplicaServer, Sink
-from headrace.serving.clock import SystemClock
+from headrace.serving.clock import Clock, SystemClock
 from headrace.serving.config import Config, ModelConfig
 from headrace.serving.domain.artifact import Manifest
 from headrace.serving.domain.record import UsageRecord
 from headrace.serving.engine.loop import EngineLoop
 from headrace.serving.frontend.server import Addresses, Frontend
+from headrace.serving.metering.give_back import Adjust
 from headrace.serving.metering.ledger.ledger import Ledger
 from headrace.serving.metering.ledger.projector import Follower
 from headrace.serving.metering.ledger.reader import LedgerReader
@@ -123,8 +124,12 @@ class Platform:
         num_replicas: int = 1,
         manifest: Manifest | None = None,
         overrides: dict[str, object] | None = None,
+        adjust: Adjust | None = None,
+        clock: Clock | None = None,
     ) -> None:
         self.home = home
+        self._adjust = adjust
+        self._clock = clock
         self.manifest = manifest or tiny_manifest(model=MODEL)
         self._num_replicas = num_replicas
         self._folder = home / "artifacts" / self.manifest.artifact_id
@@ -149,7 +154,9 @@ class Platform:
         write_tiny_artifact(self._folder, self.manifest)
         self.key = demo_key(self.config)
         self.metadata = (("authorization", f"Bearer {self.key}"),)
-        self.frontend = Frontend(self.config, on_change=self._has_changed.set)
+        self.frontend = Frontend(
+            self.config, on_change=self._has_changed.set, adjust=self._adjust, clock=self._clock
+        )
         self.addresses = await self.frontend.start()
         self.channel = grpc.aio.insecure_channel(
             self.addresses.grpc, options=[("grpc.use_local_subchannel_pool", 1)]

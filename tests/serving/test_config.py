@@ -293,3 +293,10 @@ def test_a_limit_stands_once(tmp_path):
     entry = "{subject: 'key:k', metric: kv_tokens, limit: 1}"
     with pytest.raises(ConfigRefused, match="a second time"):
         load(tmp_path, f"limits: [{entry}, {entry}]")
+
+
+def test_a_truth_is_true_or_false_and_nothing_like_it(tmp_path):
+    assert not load(tmp_path, "idempotency: {keep_answers: false}").idempotency.keep_answers
+    for near in ("0", "'no'", "1"):
+        with pytest.raises(ConfigRefused, match="true or false"):
+            load(tmp_path, f"idempotency: {{keep_answers: {near}}}")

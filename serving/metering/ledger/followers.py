@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from headrace.serving.clock import Clock
-from headrace.serving.config import LedgerConfig, read_secret
+from headrace.serving.config import read_secret
+from headrace.serving.config_metering import LedgerConfig
 from headrace.serving.metering.ledger.ledger import Ledger
 from headrace.serving.metering.ledger.projector import Follower, Lag, Projector
 from headrace.serving.metering.ledger.replay import open_postgres

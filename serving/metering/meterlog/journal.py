@@ -21,7 +21,7 @@ from enum import IntEnum
 from pathlib import Path
 
 from headrace.serving.clock import Clock
-from headrace.serving.config import MeterConfig
+from headrace.serving.config_metering import MeterConfig
 from headrace.serving.domain.usage import Usage
 from headrace.serving.metering.meterlog import format as fmt
 from headrace.serving.metering.meterlog.files import File

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from headrace.serving import log
 from headrace.serving.clock import Clock
-from headrace.serving.config import MeterConfig
+from headrace.serving.config_metering import MeterConfig
 from headrace.serving.domain.record import Adjustment, Grant, Opening, Refused, Settlement
 from headrace.serving.domain.usage import Outcome, Usage
 from headrace.serving.errors import MeterUnavailable, ServingError

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from headrace.serving import log
 from headrace.serving.clock import Clock
-from headrace.serving.config import MeterConfig
+from headrace.serving.config_metering import MeterConfig
 from headrace.serving.domain.record import Settlement
 from headrace.serving.domain.usage import Outcome
 from headrace.serving.errors import AmountOutOfRange, UnknownUnit

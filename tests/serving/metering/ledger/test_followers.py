@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from headrace.serving.config import LedgerConfig
+from headrace.serving.config_metering import LedgerConfig
 from headrace.serving.errors import ConfigRefused
 from headrace.serving.metering.ledger.followers import Followers
 from headrace.serving.metering.ledger.ledger import Ledger

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from headrace.serving.clock import SystemClock
-from headrace.serving.config import MeterConfig
+from headrace.serving.config_metering import MeterConfig
 from headrace.serving.domain.record import Opening, Settlement
 from headrace.serving.domain.usage import Outcome, Price, Usage
 from headrace.serving.metering.meterlog.meter_log import MeterLog

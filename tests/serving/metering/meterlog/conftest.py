@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from headrace.serving.config import MeterConfig
+from headrace.serving.config_metering import MeterConfig
 from headrace.serving.domain.record import Opening, Refused, Settlement
 from headrace.serving.domain.usage import Outcome, Price, Usage
 from headrace.serving.metering.meterlog.meter_log import MeterLog

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from headrace.serving.clock import SystemClock
-from headrace.serving.config import MeterConfig
+from headrace.serving.config_metering import MeterConfig
 from headrace.serving.metering.meterlog.meter_log import MeterLog
 from headrace.serving.metering.meterlog.reader import LogReader
 from headrace.serving.metering.meterlog.verify import verify

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from headrace.serving.clock import SystemClock
-from headrace.serving.config import MeterConfig
+from headrace.serving.config_metering import MeterConfig
 from headrace.serving.domain.record import Adjustment, Grant
 from headrace.serving.domain.tier import Receipt, Tier, Verdict
 from headrace.serving.domain.usage import Outcome, Usage

@@ -1,0 +1,1 @@
+"""Which keys of callers were used, for what, and what was answered."""
