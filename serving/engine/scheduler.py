@@ -5,10 +5,10 @@ them, and a long prompt is a job that needs several grants.
 
 The order of a step: first one token for every job that decodes, so that a stream that has begun
 never waits for a prompt; then prompts, those under way and those in the queues, by urgency
-(`tier_policy.py`: the least slack over all tiers; `tier_queue.py`: fairness between the tenants of
-one). Without promises that is the order of arrival. While anything decodes, all prompts together
-get what fits into the least gap that was promised to those who decode, by a model of step times
-that is learnt, and at most `prefill_tokens_max`.
+(`tier_policy.py`: slack and due times over all tiers; `tier_queue.py`: fairness between the tenants
+of one). Without promises that is the order of arrival. While anything decodes, all prompts
+together get what fits into the least gap that was promised to those who decode, by a model of step
+times that is learnt, and at most `prefill_tokens_max`.
 
 Blocks for all known tokens are taken when a job is admitted, so only decoding can run out of
 them. Then the youngest job of the weakest tier loses its blocks and computes its tokens again

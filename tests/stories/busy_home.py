@@ -44,7 +44,7 @@ async def tell_progress(platform: Platform) -> None:
     """Meanwhile the replica that came first dies at every third commit, and another one comes."""
     seen = 0
     for number in itertools.count():
-        seen = await platform.frontend.batches.progressed(seen)
+        seen = await platform.frontend.jobs.batches.progressed(seen)
         say("PROGRESS")
         if number % 3 == 2:
             await platform.replicas[number // 3].kill()
@@ -60,7 +60,7 @@ async def main(home: Path) -> None:
         say("READY", platform.addresses.grpc)
         await stopping.wait()
         telling.cancel()
-        await platform.frontend.idempotency.keep_house()
+        await platform.frontend.jobs.idempotency.keep_house()
 
 
 asyncio.run(main(Path(sys.argv[1])))

@@ -26,9 +26,10 @@ def test_it_learns_an_engine_within_two_hundred_steps(seed: int) -> None:
 
 
 def test_it_answers_what_fits_into_a_time() -> None:
+    """28 ms at a spread of a tenth are 20 predicted; 10 of them are the base and the rows."""
     model = StepTimeModel(base_ms=5.0, row_ms=0.5, token_ms=0.25)
 
-    assert model.tokens_within(20.0, rows=10) == 40
+    assert model.tokens_within(28.0, rows=10) == 40
     assert model.tokens_within(5.0, rows=10) < 0
 
 
@@ -59,3 +60,16 @@ def test_no_coefficient_is_ever_zero() -> None:
         model.observe(4, 16, 0.0)
 
     assert min(model.base_ms, model.row_ms, model.token_ms) > 0
+
+
+@pytest.mark.parametrize("noise", [0.05, 0.1, 0.2])
+def test_what_is_sized_for_a_longest_time_hardly_ever_takes_longer(noise: float) -> None:
+    """However much an engine's steps vary: of 10,000 steps at most ten are late."""
+    model = taught(StepTimeModel(), steps=1_000, noise=noise)
+    rng = random.Random(7)
+
+    tokens = model.tokens_within(100.0, rows=16)
+    taken = [(18 + 0.1 * tokens) * (1 + rng.gauss(0, noise)) for _ in range(10_000)]
+
+    assert model.spread == pytest.approx(noise, rel=0.3)
+    assert sum(ms > 100.0 for ms in taken) <= 10

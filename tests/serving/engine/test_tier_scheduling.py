@@ -98,6 +98,7 @@ class Engine:
     def knows(self, *, base_ms: float, row_ms: float, token_ms: float) -> None:
         times = self.scheduler.times
         times.base_ms, times.row_ms, times.token_ms = base_ms, row_ms, token_ms
+        times._square = 0.05**2
 
 
 def test_a_priority_request_overtakes_flex_in_the_queue() -> None:
@@ -270,6 +271,28 @@ def test_a_late_first_token_waits_for_those_that_can_be_in_time() -> None:
     assert engine.step() == {"in time": 4}
 
 
+def test_a_prompt_that_cannot_be_in_time_does_not_keep_out_those_that_can() -> None:
+    """At 20 ms a token 60 tokens take longer than was promised, and 20 do not."""
+    engine = Engine(rows_max=2, kv_blocks=40)
+    engine.knows(base_ms=0.1, row_ms=0.1, token_ms=20.0)
+    engine.submit("hopeless", Tier.PRIORITY, prompt=60)
+    engine.step()
+
+    engine.submit("short", Tier.PRIORITY, prompt=20)
+
+    assert engine.step() == {"short": 8}
+
+
+def test_prompts_of_one_promise_do_not_take_turns() -> None:
+    """The first one's slack grows as it is computed; it is finished all the same."""
+    engine = Engine(kv_blocks=40)
+    engine.knows(base_ms=0.1, row_ms=0.1, token_ms=5.0)
+    engine.submit("first", Tier.PRIORITY, prompt=24)
+    engine.submit("second", Tier.PRIORITY, prompt=24)
+
+    assert [engine.step() for _ in range(3)] == [{"first": 8}] * 3
+
+
 def test_a_late_request_has_one_turn_in_eight() -> None:
     """Requests that can be in time never end; it is served all the same."""
     engine = Engine(rows_max=1)
@@ -288,7 +311,7 @@ def test_a_late_request_has_one_turn_in_eight() -> None:
     [
         pytest.param(None, 127, id="nothing promised: the whole batch"),
         pytest.param(200, 127, id="a wide gap: the whole batch"),
-        pytest.param(50, 69, id="50 ms: 0.8 * 50 - 5 - 0.5 ms are left, at 0.5 ms a token"),
+        pytest.param(50, 68, id="50 ms: 0.95 * 50 / 1.2 - 5.5 ms are left, at 0.5 ms a token"),
         pytest.param(10, CHUNK_TOKENS_MIN, id="none is left: prompts go on all the same"),
     ],
 )
@@ -306,8 +329,10 @@ def test_the_chunk_shrinks_with_the_least_slack(itl_ms: int | None, tokens: int)
 
 
 def test_flex_pauses_where_a_step_with_it_would_break_a_promised_gap() -> None:
-    """Two rows and the smallest chunk fit into 0.8 * 20 ms; the third row does not, and keeps
-    its blocks for a later step."""
+    """Two rows and the smallest chunk fit into 0.95 * 20 / 1.2 ms.
+
+    The third row does not, and keeps its blocks for a later step.
+    """
     engine = Engine()
     engine.submit("priority", Tier.PRIORITY, itl_ms=20)
     engine.submit("flex", Tier.FLEX)

@@ -40,7 +40,7 @@ class Customer:
     """Uses the Batch service of a platform with one key."""
 
     def __init__(self, platform: Platform, key: str | None = None) -> None:
-        self._runner = platform.frontend.batches
+        self._runner = platform.frontend.jobs.batches
         self.stub = batch_pb2_grpc.BatchStub(platform.channel)
         self.metadata = (("authorization", f"Bearer {key or platform.key}"),)
 
@@ -344,7 +344,7 @@ def test_files_are_private_and_go_with_delete_or_after_their_time(tmp_path: Path
         await customer.stub.Delete(request, metadata=customer.metadata)
         assert [folder.exists() for folder in folders] == [False, True]
         clock.ahead_s = 30 * 86_400 + 60
-        await platform.frontend.batches._sweep()
+        await platform.frontend.jobs.batches._sweep()
 
         assert not folders[1].exists()
         assert (await refusal_of(customer.looks(second.batch_id))).code() is (
@@ -421,7 +421,7 @@ def test_a_batch_that_is_refused_for_now_waits_as_long_as_it_is_told(tmp_path: P
 
     async def story(platform: Platform) -> None:
         customer = Customer(platform)
-        runner = platform.frontend.batches
+        runner = platform.frontend.jobs.batches
         real = runner._prepare
         refused_s: list[float] = []
 
@@ -523,7 +523,7 @@ def test_a_line_whose_result_was_lost_runs_again_and_is_charged_once(
         customer = Customer(platform)
         batches.append((await customer.submits([line(n) for n in range(1, 6)])).batch_id)
         assert await asyncio.to_thread(has_settled.wait, 30)
-        await platform.frontend.batches.drain()
+        await platform.frontend.jobs.batches.drain()
 
     async def after(platform: Platform) -> None:
         customer = Customer(platform)

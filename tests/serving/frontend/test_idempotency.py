@@ -311,12 +311,12 @@ def test_a_retry_after_a_hang_up_is_charged_once(tmp_path: Path) -> None:
         await first.reads(4)
         first.call.cancel()
         await platform.settled()
-        await platform.frontend.idempotency.close()
+        await platform.frontend.jobs.idempotency.close()
         replica.engine.release()
         (cancelled,) = platform.records
         assert cancelled.charge_nano > 0
         last = await Caller(platform, asking(request_id="mine")).finishes()
-        await platform.frontend.idempotency.close()
+        await platform.frontend.jobs.idempotency.close()
 
         assert last.request_id != "mine"
         assert adjuster.request_ids == {"mine"}
@@ -425,7 +425,7 @@ class MoodyStore(SqliteClaims):
 
 def test_a_store_that_is_down_concerns_only_calls_with_a_key(tmp_path: Path) -> None:
     async def story(platform: Platform) -> None:
-        store = platform.frontend.idempotency._store
+        store = platform.frontend.jobs.idempotency._store
         store.__class__ = MoodyStore
         store.refuses = frozenset({"everything"})
         error = await refusal_of(Caller(platform))
@@ -445,7 +445,7 @@ def test_an_answer_that_could_not_be_stored_is_given_when_it_can_be(tmp_path: Pa
 
     async def story(platform: Platform) -> None:
         (replica,) = platform.replicas
-        store = platform.frontend.idempotency._store
+        store = platform.frontend.jobs.idempotency._store
         store.__class__ = MoodyStore
         replica.engine.hold(after_steps=3)
         first = Caller(platform)
@@ -487,7 +487,7 @@ def test_beyond_the_bound_nobody_attaches_and_nothing_is_lost(
         assert first.answers == second.answers
         assert len(first.answers[0][0]) == 12
         assert reason_of(afterwards) == "ALREADY_SERVED"
-        assert platform.frontend.idempotency._kept.held == 0
+        assert platform.frontend.jobs.idempotency._kept.held == 0
 
     play(tmp_path, story)
 
@@ -526,7 +526,7 @@ class ForgetfulStore(SqliteClaims):
 def test_a_claim_whose_answer_was_lost_does_not_block_the_key_elsewhere(tmp_path: Path) -> None:
     async def story(here: Platform) -> None:
         async with Platform(tmp_path) as there:
-            idempotency = there.frontend.idempotency
+            idempotency = there.frontend.jobs.idempotency
             idempotency._store.__class__ = ForgetfulStore
             assert reason_of(await refusal_of(Caller(there))) == "IDEMPOTENCY_UNAVAILABLE"
             assert reason_of(await refusal_of(Caller(here))) == "IDEMPOTENCY_IN_FLIGHT"
