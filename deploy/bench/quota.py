@@ -128,8 +128,10 @@ async def _round(quota: Quota, blocks: int) -> dict[str, float]:
                 holds.append(hold)
             for hold in holds:
                 began = perf_counter_ns()
-                hold.covers(LONG)
+                is_covered = hold.covers(LONG)
                 cover.append(perf_counter_ns() - began)
+                # On a busy machine the keeper of leases may be late.
+                assert is_covered or await hold.extend(LONG)
                 began = perf_counter_ns()
                 hold.settle(usage=USAGE, outcome=Outcome.OK, charge_femto=charge_femto)
                 settle.append(perf_counter_ns() - began)

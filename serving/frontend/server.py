@@ -137,59 +137,15 @@ class Frontend:
         edge = self._edge(authenticator)
         admin = AdminService(accounts, clock=self._clock)
         stack.push_async_callback(asyncio.to_thread, admin.close)
-        traces = tracer(config.telemetry, version=self._version)
-        stack.push_async_callback(asyncio.to_thread, traces.close)
-        books = self.books = await asyncio.to_thread(self._open_books)
-        stack.push_async_callback(asyncio.to_thread, books.close)
-        self.quota = QuotaParts(
-            config,
-            epoch=self._epoch,
-            cluster_token=token,
-            clock=self._clock,
-            metrics=QuotaMetrics(self.metrics.registry),
-        )
-        stack.push_async_callback(self.quota.close)
-        await self.quota.open()
-        self.fleet = ReplicaFleet(
-            cluster_token=token,
-            clock=self._clock,
-            metrics=self.metrics,
-            expected=[model.name for model in config.models if model.replicas],
-            on_change=self._fleet_changed,
-        )
-        tiers = TierDesk(config.tiers, price_for=books.price)
-        self.pipeline = Pipeline(
-            fleet=self.fleet,
-            meter=books.meter,
-            metrics=self.metrics,
-            clock=self._clock,
-            tiers=tiers,
-            quota=self.quota.quota,
-        )
-        stack.push_async_callback(self.pipeline.wait_settled)
-        stack.push_async_callback(self.fleet.close)
-        give_back = ChargeReversal(books.find, self._adjust or books.adjust)
-        self.jobs = JobParts(config, epoch=self._epoch, clock=self._clock, give_back=give_back)
-        stack.push_async_callback(self.jobs.close)
-        idempotency = await self.jobs.open_calls(self.accounts.pepper.derive)
+        self.books = await asyncio.to_thread(self._open_books)
+        stack.push_async_callback(asyncio.to_thread, self.books.close)
+        await self._open_quota(token)
+        tiers = TierDesk(config.tiers, price_for=self.books.price)
+        await self._open_pipeline(token, tiers)
         self.readiness = Readiness(
-            fleet=self.fleet, gate=self.gate, meter_healthy=lambda: books.meter.healthy
+            fleet=self.fleet, gate=self.gate, meter_healthy=lambda: self.books.meter.healthy
         )
-        service = InferenceService(
-            pipeline=self.pipeline,
-            quota=self.quota.quota,
-            fleet=self.fleet,
-            shelf=self._shelf,
-            authenticator=authenticator,
-            price_for=books.price,
-            tiers=tiers,
-            executor=self._executor,
-            gate=self.gate,
-            idempotency=idempotency,
-            metrics=self.metrics,
-            tracer=traces,
-            clock=self._clock,
-        )
+        service = await self._open_inference(authenticator, tiers)
         batches = await self.jobs.open_batches(
             service.prepare,
             pipeline=self.pipeline,
@@ -209,6 +165,61 @@ class Frontend:
             addresses={"grpc": public, "http": http, "directory": directory},
         )
         return addresses
+
+    async def _open_quota(self, token: str) -> None:
+        self.quota = QuotaParts(
+            self._config,
+            epoch=self._epoch,
+            cluster_token=token,
+            clock=self._clock,
+            metrics=QuotaMetrics(self.metrics.registry),
+        )
+        self._stack.push_async_callback(self.quota.close)
+        await self.quota.open()
+
+    async def _open_pipeline(self, token: str, tiers: TierDesk) -> None:
+        config, stack = self._config, self._stack
+        self.fleet = ReplicaFleet(
+            cluster_token=token,
+            clock=self._clock,
+            metrics=self.metrics,
+            expected=[model.name for model in config.models if model.replicas],
+            on_change=self._fleet_changed,
+        )
+        self.pipeline = Pipeline(
+            fleet=self.fleet,
+            meter=self.books.meter,
+            metrics=self.metrics,
+            clock=self._clock,
+            tiers=tiers,
+            quota=self.quota.quota,
+        )
+        stack.push_async_callback(self.pipeline.wait_settled)
+        stack.push_async_callback(self.fleet.close)
+        give_back = ChargeReversal(self.books.find, self._adjust or self.books.adjust)
+        self.jobs = JobParts(config, epoch=self._epoch, clock=self._clock, give_back=give_back)
+        stack.push_async_callback(self.jobs.close)
+
+    async def _open_inference(
+        self, authenticator: Authenticator, tiers: TierDesk
+    ) -> InferenceService:
+        traces = tracer(self._config.telemetry, version=self._version)
+        self._stack.push_async_callback(asyncio.to_thread, traces.close)
+        return InferenceService(
+            pipeline=self.pipeline,
+            quota=self.quota.quota,
+            fleet=self.fleet,
+            shelf=self._shelf,
+            authenticator=authenticator,
+            price_for=self.books.price,
+            tiers=tiers,
+            executor=self._executor,
+            gate=self.gate,
+            idempotency=await self.jobs.open_calls(self.accounts.pepper.derive),
+            metrics=self.metrics,
+            tracer=traces,
+            clock=self._clock,
+        )
 
     async def drain(self, grace_s: float) -> bool:
         """Refuse new calls and let the open answers finish, for at most `grace_s`.

@@ -13,9 +13,10 @@ from typing import Any
 import grpc.aio
 import pytest
 
-from headrace.serving.admission.key_store import KeyStore
-from headrace.serving.clock import SystemClock
-from headrace.serving.metering.usage_reader import UsageReader
+from headrace.deploy import ledgers
+from headrace.serving.admission.accounts import demo_key
+from headrace.serving.config import Config
+from headrace.serving.metering.ledger.reader import LedgerReader
 from headrace.serving.testing.platform import MODEL
 from headrace.v1 import batch_pb2 as pb
 from headrace.v1 import batch_pb2_grpc, inference_pb2, inference_pb2_grpc
@@ -31,12 +32,13 @@ class Life:
         self._process = subprocess.Popen(
             [sys.executable, str(BUSY_HOME), str(home)], stdout=subprocess.PIPE, text=True
         )
-        key = KeyStore(home / "keys.json", home / "pepper", clock=SystemClock()).demo().key
-        self.metadata = (("authorization", f"Bearer {key}"),)
+        self.home = home
 
     async def begins(self) -> None:
         word, address = (await self._says()).split()
         assert word == "READY"
+        key = demo_key(Config(home=self.home))
+        self.metadata = (("authorization", f"Bearer {key}"),)
         self.channel = grpc.aio.insecure_channel(
             address, options=[("grpc.use_local_subchannel_pool", 1)]
         )
@@ -86,14 +88,12 @@ class Life:
 
 
 def net_nano(home: Path) -> int:
-    """What the ledger says is owed: every record's charge, and every correction."""
-    records = UsageReader(home / "ledger.db").records(limit=100_000)
-    path = home / "adjustments.jsonl"
-    text = path.read_text() if path.exists() else ""
-    corrections = [json.loads(line) for line in text.splitlines()]
-    assert len({each["adjustment_id"] for each in corrections}) == len(corrections)
-    given_back = sum(each["amount_femto"] for each in corrections) // 10**6
-    return sum(record.charge_nano for record in records) + given_back
+    """What the ledger says is owed: every charge, and every correction."""
+    with ledgers.local(Config(home=home)) as ledger:
+        balances = LedgerReader(ledger).balances()
+    femto = sum(each.charge_femto + each.adjusted_femto for each in balances)
+    assert femto % 10**6 == 0, "the demo prices are whole nano for each token"
+    return femto // 10**6
 
 
 @pytest.mark.parametrize("seed", range(2))

@@ -338,7 +338,8 @@ def test_a_dead_frontend_comes_back_at_its_address_and_closes_its_books(
     with ledgers.local(Config.load(platform.home)) as ledger:
         (record,) = LedgerReader(ledger).records(Which(request_id="cut-off"))
 
-    assert record.outcome == "recovered"
+    # Expired: it died before the first checkpoint, a second or 64 tokens after the first token.
+    assert record.outcome in ("recovered", "expired")
     assert record.usage.completion_tokens <= len(stream.token_ids)
 
 

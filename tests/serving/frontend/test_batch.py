@@ -15,8 +15,6 @@ import pytest
 from google.rpc.error_details_pb2 import BadRequest
 from google.rpc.status_pb2 import Status
 
-from headrace.serving.admission.key_store import KeyStore
-from headrace.serving.clock import SystemClock
 from headrace.serving.domain.usage import Outcome
 from headrace.serving.errors import Overloaded
 from headrace.serving.frontend import batch_results
@@ -25,6 +23,7 @@ from headrace.serving.jobs import batch_files
 from headrace.serving.testing.clock import LeapingClock
 from headrace.serving.testing.fake_adjuster import FakeAdjuster
 from headrace.serving.testing.platform import MODEL, Platform
+from headrace.serving.testing.tenants import key_of
 from headrace.v1 import batch_pb2 as pb
 from headrace.v1 import batch_pb2_grpc, inference_pb2
 
@@ -305,8 +304,7 @@ def test_what_is_not_done_in_the_window_expires_unpaid(tmp_path: Path) -> None:
 
 
 def test_a_batch_is_its_projects_own(tmp_path: Path) -> None:
-    keys = KeyStore(tmp_path / "keys.json", tmp_path / "pepper", clock=SystemClock())
-    other_key = keys.create(tenant_id="globex").key
+    other_key = key_of(tmp_path, "globex")
 
     async def story(platform: Platform) -> None:
         mine, other = Customer(platform), Customer(platform, other_key)
