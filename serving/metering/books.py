@@ -22,6 +22,7 @@ from headrace.serving.metering.ledger.followers import LOCAL, SHARED, Followers
 from headrace.serving.metering.ledger.ledger import Ledger
 from headrace.serving.metering.ledger.projector import Follower
 from headrace.serving.metering.ledger.reader import LedgerReader, Which
+from headrace.serving.metering.ledger.spent import spent_femto
 from headrace.serving.metering.ledger.sqlite_database import SqliteDatabase
 from headrace.serving.metering.meterlog.meter_log import MeterLog
 from headrace.serving.metering.meterlog.reader import LogReader
@@ -86,7 +87,7 @@ class Books:
                 on_lag=lambda name, lag: tell_lag[name](lag),
             )
             self.meter.on_durable(lambda _: followers.wake())
-            ledger = Ledger(SqliteDatabase(config.ledger_path))
+            self._ledger = ledger = Ledger(SqliteDatabase(config.ledger_path))
             stack.callback(ledger.close)
             self._finding = threading.Lock()
             self._found_by = Follower(self._reader(config), ledger, clock=clock)
@@ -113,6 +114,22 @@ class Books:
             which = Which(tenant_id=tenant_id, request_id=request_id)
             records = self._lookups.records(which, limit=1)
         return records[0] if records else None
+
+    def spent_femto(self, *, epoch: str, limit_name: str, period: str) -> int | None:
+        """What a life of this frontend charged against a budget; see `spent.spent_femto`. Blocks.
+
+        Raises:
+            MeterUnavailable, LedgerUnavailable: the books cannot be read.
+        """
+        with self._finding:
+            self._found_by.catch_up()
+            return spent_femto(
+                self._ledger,
+                log_id=self.meter.log_id,
+                epoch=epoch,
+                limit_name=limit_name,
+                period=period,
+            )
 
     async def adjust(self, adjustment: Adjustment) -> None:
         """Make a correction durable, once for each id.

@@ -129,6 +129,7 @@ class Effects:
     quantities: list[Sequence[Value]] = field(default_factory=list[Sequence[Value]])
     adjustments: list[tuple[Value, ...]] = field(default_factory=list[tuple[Value, ...]])
     credits: list[tuple[Value, ...]] = field(default_factory=list[tuple[Value, ...]])
+    epochs: list[Sequence[Value]] = field(default_factory=list[Sequence[Value]])
     balances: dict[BalanceKey, Balance] = field(default_factory=dict[BalanceKey, Balance])
 
     def balance(self, key: BalanceKey) -> Balance:
@@ -196,7 +197,10 @@ class Fold:
                 self._adjust(logged, event.adjust)
             case "grant":
                 self._grant(logged, event.grant)
-            case "epoch" | "carry" | "seal":
+            case "epoch":
+                epoch = check.text(logged, event.epoch.epoch, "epoch")
+                self.effects.epochs.append((self.log_no, logged.seq, epoch))
+            case "carry" | "seal":
                 pass  # For the log's own recovery and proof; nothing in them is owed.
             case _:
                 raise check.damaged(logged, "it is of a kind that this version does not know")

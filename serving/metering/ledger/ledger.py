@@ -171,6 +171,7 @@ class Ledger:
             statements.insert_prices: [each.row() for _, each in sorted(effects.prices.items())],
             statements.upsert_requests: [each.row() for each in effects.requests.values()],
             statements.insert_quantities: effects.quantities,
+            statements.insert_epochs: effects.epochs,
             statements.upsert_balances: [
                 effects.balances[key].row(key) for key in sorted(effects.balances)
             ],
@@ -206,6 +207,7 @@ class _Statements:
             + " ON CONFLICT (log_no, seq) DO UPDATE SET "
             + ", ".join(f"{name} = excluded.{name}" for name in schema.REQUEST_END)
         )
+        self.insert_epochs = _insert(dialect, "epoch", schema.EPOCH)
         self.insert_quantities = _insert(dialect, "quantity", schema.QUANTITY)
         self.insert_adjustments = (
             _insert(dialect, "adjustment", schema.ADJUSTMENT)

@@ -9,6 +9,7 @@
 | `adjustment`, `credit` | ADJUST and GRANT |
 | `balance` | tenant, project, currency and month |
 | `invoice` | issued invoice; never changed |
+| `epoch` | life of a frontend: where in its log it began |
 | `sink` | receiver of events, with its own high-water mark |
 
 A request is named by its log and the number of its record there, which nothing can repeat; tenant
@@ -117,6 +118,7 @@ INVOICE: Columns = {
     "total_minor": INTEGER,
     "body": TEXT,
 }
+EPOCH: Columns = {**REQUEST_KEY, "epoch": TEXT}
 SINK: Columns = {"sink_id": TEXT, "log_no": INTEGER, "settled_seq": INTEGER}
 
 _NULLABLE = {
@@ -175,6 +177,7 @@ _TABLES = (
         key="number",
         rules=("UNIQUE (tenant_id, month, currency)",),
     ),
+    _Table(name="epoch", columns=EPOCH, key="log_no, seq"),
     _Table(name="sink", columns=SINK, key="sink_id, log_no"),
 )
 
