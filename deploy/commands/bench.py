@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
@@ -32,6 +33,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     _add_meter(kinds)
     _add_admission(kinds)
     _add_tiers(kinds)
+    _add_faults(kinds)
     _add_peers(kinds)
 
 
@@ -105,6 +107,19 @@ def _add_tiers(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     tiers.add_argument("--traces", type=Path, help="folder of the traces (found if not given)")
     _add_common(tiers)
     tiers.set_defaults(run=_tiers)
+
+
+def _add_faults(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    faults = kinds.add_parser(
+        "faults",
+        help="kill frontend, engines and ledger under load, then audit the books",
+        description="SIGKILL at random instants; then what clients were told is compared with log "
+        "and ledgers. About a second for each trial. Exit code 1 when anything is lost or doubled.",
+    )
+    faults.add_argument("--trials", type=int, default=100, help="kills (100)")
+    faults.add_argument("--seed", type=int, default=1, help="of clients and kills (1)")
+    _add_common(faults)
+    faults.set_defaults(run=_faults)
 
 
 def _add_peers(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -201,6 +216,22 @@ def _tiers(args: argparse.Namespace) -> int:
         traces=args.traces,
     )
     return _show(tiers.run(options, _tell), home, args)
+
+
+def _faults(args: argparse.Namespace) -> int:
+    from headrace.deploy.bench import faults
+
+    home = Config.load(args.home).home
+    options = faults.Options(
+        trials=_numbers(str(args.trials), "--trials", most=100_000)[0], seed=args.seed
+    )
+    report, found = faults.run(options, _tell)
+    if args.json:
+        print(json.dumps({"trials": options.trials} | asdict(found) | report.to_json()))
+        _tell(f"kept in {report.save(home)}")
+    else:
+        _show(report, home, args)
+    return 0 if found.is_clean else 1
 
 
 def _list_peers(args: argparse.Namespace) -> int:
