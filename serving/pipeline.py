@@ -187,6 +187,7 @@ class Pipeline:
             price=request.price,
             accepted_unix_ms=request.accepted_unix_ms,
             tier=request.terms.tier_asked,
+            hold_femto=request.hold_femto,
             idempotency_digest=request.idempotency_digest,
         )
         run = Run(

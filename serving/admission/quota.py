@@ -32,14 +32,6 @@ from headrace.serving.clock import Clock
 from headrace.serving.domain.generate import Generate
 from headrace.serving.domain.limit import Limit, Metric, subjects_of
 from headrace.serving.domain.record import Caller
-from headrace.serving.domain.units import (
-    CACHE_READ,
-    CACHE_WRITE,
-    COMPLETION,
-    PROMPT,
-    REASONING,
-)
-from headrace.serving.domain.usage import Price
 from headrace.serving.errors import LimitExceeded
 from headrace.serving.observe_quota import Decision, QuotaMetrics
 
@@ -153,7 +145,7 @@ class Quota:
         if limits.budgets:
             if limits.foreign is not None:
                 raise wrong_currency(limits.foreign, price)
-            each_femto, token_femto = _dearest(price)
+            each_femto, token_femto = price.dearest_femto()
             prompt_femto = prompt_tokens * each_femto
             start = prompt_femto + token_femto
             wanted = prompt_femto + max(1, expected) * token_femto
@@ -278,13 +270,3 @@ class Quota:
             return short_of_budget(limit, want.need)
         wait_ns = bucket.wait_ns(want.need, now_ns(self._clock))
         return refusal_of(limit, want.need, wait_ns=wait_ns)
-
-
-def _dearest(price: Price) -> tuple[int, int]:
-    """The most that a token of a prompt, and one of an answer, can cost: femto-currency."""
-    rate = price.rates.get
-    prompt, write, read = rate(PROMPT, 0), rate(CACHE_WRITE, 0), rate(CACHE_READ, 0)
-    completion, reasoning = rate(COMPLETION, 0), rate(REASONING, 0)
-    if write > prompt or read > prompt:
-        prompt = max(write, read)
-    return prompt, completion if completion > reasoning else reasoning  # noqa: FURB136

@@ -36,6 +36,14 @@ class Generate:
     """The same instant on the frontend's monotonic clock."""
     deadline_ms: float | None = None
     """On the frontend's monotonic clock; None is no deadline."""
+
+    @property
+    def hold_femto(self) -> int:
+        """The most that it can cost: all of its prompt, and every answer at its longest."""
+        prompt_femto, answer_femto = self.price.dearest_femto()
+        answers = self.n * self.sampling.max_tokens
+        return len(self.prompt_ids) * prompt_femto + answers * answer_femto
+
     idempotency_digest: bytes = field(default=b"", repr=False)
     """Of the tenant's idempotency key; empty without one."""
 

@@ -128,6 +128,19 @@ class Price:
     def completion_nano_per_mtok(self) -> int:
         return self.rates[units.COMPLETION]
 
+    def dearest_femto(self) -> tuple[int, int]:
+        """The most that a token of a prompt, and one of an answer, can cost."""
+        rate = self.rates.get
+        prompt, write, read = (
+            rate(units.PROMPT, 0),
+            rate(units.CACHE_WRITE, 0),
+            rate(units.CACHE_READ, 0),
+        )
+        completion, reasoning = rate(units.COMPLETION, 0), rate(units.REASONING, 0)
+        if write > prompt or read > prompt:  # Rarely: three comparisons cost more than two.
+            prompt = max(write, read)
+        return prompt, completion if completion > reasoning else reasoning  # noqa: FURB136
+
     def charge_femto(self, work: Countable) -> int:
         """What `work` costs, exactly: the sum of quantity times rate over its units.
 

@@ -796,3 +796,21 @@ def test_written_prompt_tokens_are_counted_with_the_first_delta() -> None:
         assert (usage.prompt_tokens, usage.cached_tokens, usage.cache_write_tokens) == (4, 1, 2)
 
     run_virtually(story())
+
+
+def test_the_most_that_a_request_can_cost_is_held_before_it_runs() -> None:
+    """An auditor sees what was at stake, and a sum that no column holds is refused in time."""
+    request = Generate(
+        caller=Caller("t1", "k1"),
+        request_id="r1",
+        model="m",
+        version="v1",
+        prompt_ids=range(100),
+        sampling=Sampling(max_tokens=20),
+        n=3,
+        price=PRICE,
+        accepted_unix_ms=0,
+        accepted_ms=0,
+    )
+
+    assert request.hold_femto == 100 * 10**9 + 3 * 20 * 2 * 10**9
