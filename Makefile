@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check --quiet
 
-.PHONY: serve test check bench gpu-check protos lock postgres clean
+.PHONY: serve test check bench soak gpu-check protos lock postgres clean
 
 serve: $(VENV)/.installed ## set up, compile the demo model once, serve in the foreground
 	@$(BIN)/headrace serve
@@ -23,6 +23,13 @@ check: $(VENV)/.dev build/types protos postgres ## everything a reviewer runs be
 bench: $(VENV)/.installed ## language models and frontend, against the peers that are installed
 	$(BIN)/headrace bench llm
 	$(BIN)/headrace bench frontend
+
+# Three quarters of an hour on two cores: a million simulated requests over crashes, faults of the
+# disk, stepped clocks and repeated deliveries, then a thousand kills of real processes.
+soak: $(VENV)/.dev postgres ## the long version of what `make test` does briefly
+	HEADRACE_SOAK_SEEDS=1600 $(BIN)/python -m pytest -q -n 2 --dist load \
+	  tests/serving/metering/meterlog/test_simulation.py
+	$(BIN)/headrace bench faults --trials 1000
 
 # With the machine's own python3: it is the one that has PyTorch with CUDA.
 gpu-check: build/types ## on a machine with an NVIDIA GPU: verify, measure, write gpu-report.json

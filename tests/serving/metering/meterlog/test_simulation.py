@@ -1,4 +1,4 @@
-"""Thousands of requests over many crashes, seeded; checked after every recovery.
+"""Thousands of requests over many crashes, seeded; log and ledger checked after every recovery.
 
 HEADRACE_SOAK_SEEDS=2000 makes it a soak; a seed that fails stands in the test's name.
 """
@@ -12,8 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from headrace.serving.errors import MeterUnavailable
-from headrace.serving.metering.meterlog.reader import LogReader
+from headrace.serving.errors import MeterLogDamaged, MeterUnavailable
+from headrace.serving.metering.ledger.ledger import Ledger
+from headrace.serving.metering.ledger.reconcile import reconcile
+from headrace.serving.metering.ledger.sqlite_database import SqliteDatabase
+from headrace.serving.metering.meterlog.reader import Logged, LogReader
 from headrace.serving.testing.clock import ManualClock
 from headrace.serving.testing.sim_disk import Fault, SimDisk
 
@@ -192,7 +195,35 @@ def dies(disk: SimDisk, rng: random.Random) -> SimDisk:
     return disk.after_kill() if rng.random() < 0.3 else disk.after_power_cut(rng)
 
 
-def simulate(seed: int, start, told, read) -> Truth:
+@dataclass
+class Shelf:
+    """The log's records as a ledger's source."""
+
+    records: list[Logged]
+
+    @property
+    def log_id(self) -> str:
+        return self.records[0].log_id
+
+    def after(self, seq: int, limit: int) -> list[Logged]:
+        return self.records[seq : seq + limit]
+
+
+def delivers(shelf: Shelf, ledger: Ledger, rng: random.Random) -> None:
+    """At least once: batches of any size, old ones again, later ones too early."""
+    records, log_id = shelf.records, shelf.log_id
+    mark = ledger.high_water(log_id)
+    while mark < len(records):
+        first = rng.randrange(max(0, mark - 80), mark + 1)
+        batch = records[first : first + rng.randrange(1, 120)]
+        for _ in range(rng.choice((1, 1, 2))):
+            mark = ledger.apply(log_id, batch)
+        if mark + 1 < len(records) and rng.random() < 0.2:
+            with pytest.raises(MeterLogDamaged):
+                ledger.apply(log_id, records[mark + 1 :])
+
+
+def simulate(seed: int, start, told, read, ledger: Ledger) -> Truth:
     rng = random.Random(seed)
     truth = Truth()
     disk = SimDisk(free_bytes=FREE_BYTES)
@@ -220,15 +251,22 @@ def simulate(seed: int, start, told, read) -> Truth:
         truth.check(told(disk))
         kept = [(record.seq, record.event.SerializeToString()) for record in read(disk)]
         assert kept[: len(truth.projected)] == truth.projected, "the ledger had what the log lost"
+        shelf = Shelf(read(disk))
+        delivers(shelf, ledger, rng)
         disk = disk.after_kill()
+    found = reconcile([shelf], ledger)
+    assert found.agree, found.differences
+    assert found.open_requests == 0
     return truth
 
 
 @pytest.mark.parametrize("seed", range(SEEDS))
 def test_whatever_happens_every_request_ends_once_and_nothing_acknowledged_is_lost(
-    seed, start, told, read
+    seed, start, told, read, tmp_path
 ):
-    truth = simulate(seed, start, told, read)
+    ledger = Ledger(SqliteDatabase(tmp_path / "ledger.db"))
+    truth = simulate(seed, start, told, read, ledger)
+    ledger.close()
 
     assert len(truth.opened) > 50
     assert len(truth.settled) > 15
