@@ -68,10 +68,12 @@ def run(args: argparse.Namespace) -> int:
     with _only_one(config.home, args.role):
         if args.role != "frontend":
             build_missing(config, console)
-        return asyncio.run(_serve(config, args, console))
+        # Before the frontend reads the keys: what is printed when it is ready is in force then.
+        key = demo_key(config) if args.role != "control" else ""
+        return asyncio.run(_serve(config, args, console, key=key))
 
 
-async def _serve(config: Config, args: argparse.Namespace, console: Console) -> int:
+async def _serve(config: Config, args: argparse.Namespace, console: Console, *, key: str) -> int:
     started = time.monotonic()
     stopping = _Stopping()
     supervisor = Supervisor(
@@ -97,7 +99,7 @@ async def _serve(config: Config, args: argparse.Namespace, console: Console) -> 
             ready.result()
         ready.cancel()
     if not stopping.first.done():
-        _greet(config, supervisor, console, took_s=time.monotonic() - started)
+        _greet(config, supervisor, console, key=key, took_s=time.monotonic() - started)
     await stopping.first
     console.print("Draining; Ctrl-C again ends at once …", style="dim")
     end = asyncio.create_task(supervisor.stop())
@@ -209,13 +211,14 @@ def _only_one(home: Path, role: str) -> Iterator[None]:
             os.close(descriptor)
 
 
-def _greet(config: Config, supervisor: Supervisor, console: Console, *, took_s: float) -> None:
+def _greet(
+    config: Config, supervisor: Supervisor, console: Console, *, key: str, took_s: float
+) -> None:
     """Addresses, key and three commands to try."""
     addresses = supervisor.addresses
     console.print(f"\n[bold green]Headrace is ready[/] after {took_s:.1f} s.")
     if addresses is None:
         return
-    key = demo_key(config)
     scheme = "https" if config.frontend.tls_cert else "http"
     for name, value in (
         ("gRPC", addresses.grpc),
