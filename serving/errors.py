@@ -90,6 +90,8 @@ class ServingError(Exception):
         self.field = field
         """The request field or config key to blame, if one is."""
         self.retry_after_ms = retry_after_ms
+        self.left_no_record = False
+        """Set where it is certain that the meter has no record of the request it refused."""
 
 
 class InvalidRequest(ServingError):

@@ -22,9 +22,11 @@ from headrace.serving.domain.usage import Outcome, Usage, nano_of
 from headrace.serving.domain.verdict import Measured
 from headrace.serving.endings import Refusal, exhausted, outcome_of
 from headrace.serving.errors import (
+    AlreadyServed,
     DeadlineExceeded,
     Draining,
     EngineFault,
+    MeterUnavailable,
     Overloaded,
     ServingError,
 )
@@ -148,6 +150,8 @@ class Pipeline:
             if span is not None:
                 span.end(SpanEnd(outcome=ending, usage=Usage(), error=error))
             await self.refuse(self._refusal_of(request, ending, error))
+            # Of a record that is known, or that could not be written, that is not certain.
+            error.left_no_record = not isinstance(error, AlreadyServed | MeterUnavailable)
             raise
 
     async def _begin(self, request: Generate, span: Span | None) -> Run:

@@ -148,3 +148,5 @@ class UsageRecord:
     hold_femto: int = 0
     waived_femto: int = 0
     """What it would have cost, had its end not been a fault of ours."""
+    idempotency_digest: bytes = b""
+    """Of the idempotency key that it ran under; empty when none was given."""

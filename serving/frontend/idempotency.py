@@ -18,6 +18,7 @@ from headrace.serving.errors import (
     AlreadyServed,
     IdempotencyConflict,
     IdempotencyUnavailable,
+    MeterUnavailable,
     Overloaded,
     ServingError,
 )
@@ -279,16 +280,25 @@ class Idempotency:
         try:
             last = await self._stream(run, events)
         except BaseException as error:
-            # A refusal before the first chunk charged nothing; of anything else we are not sure.
-            owes = run.num_taken > 0 or not isinstance(error, ServingError)
             run.may_be_abandoned = False
-            await self._note(claim, self._store.end(claim, owes=owes))
+            await self._note(claim, self._end_of(run, claim, error))
             raise
         run.may_be_abandoned = False
         await self._keep(run, claim, last)
         if claim.attempt > 1:
             self._soon(self._pay_debts())
         run.put(last)
+
+    def _end_of(self, run: SharedRun, claim: Claim, error: BaseException) -> Awaitable[None]:
+        """How the store is told of an attempt that was cut short."""
+        if isinstance(error, ServingError) and error.left_no_record:
+            return self._store.release(
+                claim
+            )  # A limit, or no room: its retry is the first attempt.
+        # Another refusal before the first chunk charged nothing; of the rest we are not sure: a
+        # settlement that failed may be found in the log.
+        was_refused = isinstance(error, ServingError) and not isinstance(error, MeterUnavailable)
+        return self._store.end(claim, owes=run.num_taken > 0 or not was_refused)
 
     async def _note(self, claim: Claim, noting: Awaitable[None]) -> None:
         """Tell the store of an end; if it does not answer, once it does."""
@@ -367,7 +377,10 @@ class Idempotency:
             try:
                 done = [
                     await self._give_back(
-                        tenant_id=debt.tenant_id, request_id=request_id, reason=GIVE_BACK_REASON
+                        tenant_id=debt.tenant_id,
+                        request_id=request_id,
+                        reason=GIVE_BACK_REASON,
+                        opened_under=debt.digest,
                     )
                     for request_id in debt.request_ids
                 ]

@@ -95,7 +95,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         try:
             with self._metrics.stream():
                 async with (
-                    self._telling_limits(accepted, context) as tell,
+                    self._telling_limits(accepted.caller, request, context) as tell,
                     aclosing(self._streamed(accepted, request, context)) as messages,
                 ):
                     async for message in messages:
@@ -113,7 +113,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         try:
             with self._metrics.stream():
                 span = self._start_span(accepted, request, context, stream=False)
-                async with self._telling_limits(accepted, context) as tell:
+                async with self._telling_limits(accepted.caller, request, context) as tell:
                     chunks, settled = await self._pipeline.answer(accepted, span=span)
                     await tell()
             return convert.response_to_wire(accepted.request_id, accepted.n, chunks, settled)
@@ -266,12 +266,13 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
     ) -> None:
         """Generate under an idempotency key."""
         reader = await self._join(message, context, stream=True)
+        also = REPLAYED if reader.is_replay else ()
         try:
             with self._metrics.stream(), reader:
-                if reader.is_replay:
-                    await context.send_initial_metadata(REPLAYED)
-                async for chunk in reader:
-                    await context.write(chunk)
+                async with self._telling_limits(caller(), message, context, also) as tell:
+                    async for chunk in reader:
+                        await tell()
+                        await context.write(chunk)
         finally:
             self._gate.leave()
 
@@ -280,11 +281,13 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
     ) -> pb.GenerateResponse:
         """GenerateUnary under an idempotency key."""
         reader = await self._join(message, context, stream=False)
+        also = REPLAYED if reader.is_replay else ()
         try:
             with self._metrics.stream(), reader:
-                if reader.is_replay:
-                    await context.send_initial_metadata(REPLAYED)
-                return replay.whole([chunk async for chunk in reader])
+                async with self._telling_limits(caller(), message, context, also) as tell:
+                    chunks = [chunk async for chunk in reader]
+                    await tell()
+                return replay.whole(chunks)
         finally:
             self._gate.leave()
 
@@ -297,6 +300,10 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             key = key_of(context.invocation_metadata())
             _checked_id(message)
             rules.check_request(message)
+            tier = convert.tier_from_wire(message.tier, by)
+            # Before it is known whether anything runs: an answer is not for who may not ask.
+            check_model(by, message.model)
+            check_tier(by, tier)
             deadline_ms = self._deadline_ms(context, self._clock.monotonic_ms())
 
             async def start(claim: Claim) -> Answering:
@@ -305,7 +312,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
                     by,
                     request_id=claim.request_id,
                     deadline_ms=deadline_ms,
-                    tier=convert.tier_from_wire(message.tier, by),
+                    tier=tier,
                 )
                 # Each caller has a deadline of its own, at which it leaves.
                 shared = replace(accepted, deadline_ms=None, idempotency_digest=claim.digest)
@@ -348,9 +355,13 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
 
     @asynccontextmanager
     async def _telling_limits(
-        self, accepted: generate.Generate, context: grpc.aio.ServicerContext
+        self,
+        by: Caller,
+        message: pb.GenerateRequest,
+        context: grpc.aio.ServicerContext,
+        also: Sequence[tuple[str, str]] = (),
     ) -> AsyncIterator[Callable[[], Awaitable[None]]]:
-        """Gives a function that sends the caller's limits as initial metadata, once.
+        """Gives a function that sends the caller's limits, and `also`, as initial metadata, once.
 
         To be called before the first chunk; the refusal of a limit sends them by itself.
         """
@@ -360,9 +371,9 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             nonlocal was_told
             if not was_told:
                 was_told = True
-                pairs = quota_metadata(
-                    self._quota, accepted.caller, accepted.model, accepted.price.currency
-                )
+                tier = convert.tier_from_wire(message.tier, by)
+                currency = self._shown_price(message.model, tier).currency
+                pairs = (*quota_metadata(self._quota, by, message.model, currency), *also)
                 if pairs:
                     await context.send_initial_metadata(pairs)
 

@@ -31,17 +31,21 @@ from headrace.v1 import inference_pb2 as pb
 class JobParts:
     """`open_calls`, then `open_batches`, then `close`. Owned by the frontend's event loop."""
 
-    def __init__(self, config: Config, *, epoch: str, clock: Clock, give_back: GiveBack) -> None:
+    def __init__(
+        self, config: Config, *, epoch: str, log_id: str, clock: Clock, give_back: GiveBack
+    ) -> None:
         """Nothing is opened yet.
 
         Args:
             config: of this frontend.
             epoch: names this life of it.
+            log_id: of its meter log.
             clock: of expiries.
             give_back: reverses what was charged for a result that nobody has.
         """
         self._config = config
         self._epoch = epoch
+        self._log_id = log_id
         self._clock = clock
         self._give_back = give_back
         self._stack = contextlib.AsyncExitStack()
@@ -59,7 +63,11 @@ class JobParts:
         lock = await asyncio.to_thread(EpochLock, config.epochs_dir, self._epoch)
         self._stack.callback(lock.close)
         claims = await asyncio.to_thread(
-            open_claims, config, owner=self._epoch, is_alive=self._is_alive
+            open_claims,
+            config,
+            owner=self._epoch,
+            log_id=self._log_id,
+            is_alive=self._is_alive,
         )
         self._stack.push_async_callback(asyncio.to_thread, claims.close)
         self.idempotency = Idempotency(

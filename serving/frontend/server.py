@@ -218,7 +218,13 @@ class Frontend:
         stack.push_async_callback(self.pipeline.wait_settled)
         stack.push_async_callback(self.fleet.close)
         give_back = ChargeReversal(self.books.find, self._adjust or self.books.adjust)
-        self.jobs = JobParts(config, epoch=self._epoch, clock=self._clock, give_back=give_back)
+        self.jobs = JobParts(
+            config,
+            epoch=self._epoch,
+            log_id=self.books.meter.log_id,
+            clock=self._clock,
+            give_back=give_back,
+        )
         stack.push_async_callback(self.jobs.close)
 
     async def _open_inference(

@@ -59,6 +59,7 @@ class Dialect:
                 attempt {self.integer} NOT NULL,
                 state TEXT NOT NULL,
                 owner TEXT NOT NULL,
+                log_id TEXT NOT NULL,
                 owed TEXT NOT NULL,
                 tokens TEXT NOT NULL,
                 answer_bytes {self.integer} NOT NULL,
@@ -78,17 +79,18 @@ SQLITE = Dialect(blob="BLOB", integer="INTEGER", strict="STRICT", locking="")
 POSTGRES = Dialect(blob="BYTEA", integer="BIGINT", strict="", locking=" FOR UPDATE")
 
 _INSERT = """
-INSERT INTO idempotency (digest, tenant_id, fingerprint, request_id, attempt, state, owner, owed,
-    tokens, answer, answer_bytes, expires_unix_ms)
-VALUES (?, ?, ?, ?, 1, 'running', ?, '[]', '[]', NULL, 0, ?)
+INSERT INTO idempotency (digest, tenant_id, fingerprint, request_id, attempt, state, owner, log_id,
+    owed, tokens, answer, answer_bytes, expires_unix_ms)
+VALUES (?, ?, ?, ?, 1, 'running', ?, ?, '[]', '[]', NULL, 0, ?)
 ON CONFLICT (digest) DO NOTHING
 """
 _SELECT = """
-SELECT fingerprint, request_id, attempt, state, owner, owed, tokens, answer, expires_unix_ms
+SELECT fingerprint, request_id, attempt, state, owner, log_id, owed, tokens, answer,
+    expires_unix_ms
 FROM idempotency WHERE digest = ?"""
 _TAKE = """
 UPDATE idempotency SET fingerprint = ?, request_id = ?, attempt = ?, state = 'running', owner = ?,
-    owed = ?, tokens = '[]', answer = NULL, answer_bytes = 0, expires_unix_ms = ?
+    log_id = ?, owed = ?, tokens = '[]', answer = NULL, answer_bytes = 0, expires_unix_ms = ?
 WHERE digest = ?
 """
 _MINE = "WHERE digest = ? AND attempt = ? AND owner = ? AND state = 'running'"
@@ -106,7 +108,7 @@ SELECT attempt, request_id FROM idempotency WHERE digest = ? AND owner = ? AND s
 _OWED = "SELECT owed FROM idempotency WHERE digest = ?"
 _DEBTS = """
 SELECT digest, tenant_id, owed FROM idempotency
-WHERE state = 'answered' AND owed <> '[]' LIMIT ?
+WHERE state = 'answered' AND owed <> '[]' AND owed LIKE ? LIMIT ?
 """
 _SET_OWED = "UPDATE idempotency SET owed = ? WHERE digest = ?"
 # Debts outlive their key's time: they go once they are given back.
@@ -129,25 +131,32 @@ _DROP_ANSWER = "UPDATE idempotency SET answer = NULL, answer_bytes = 0 WHERE dig
 
 
 class ClaimRows:
-    """What a `ClaimStore` does, within one transaction. `owner` names this frontend's life."""
+    """What a `ClaimStore` does, within one transaction.
+
+    `owner` names this frontend's life, `log_id` its meter log. What is owed is a list of
+    [log_id, request_id].
+    """
 
     def __init__(
         self,
         execute: Execute,
         *,
         owner: str,
+        log_id: str,
         is_alive: Callable[[str], bool],
         dialect: Dialect = SQLITE,
     ) -> None:
         self._execute = execute
         self._owner = owner
+        self._log_id = log_id
         self._is_alive = is_alive
         self._locking = dialect.locking
 
     def claim(self, ask: Ask) -> Verdict:
-        values = (ask.digest, ask.tenant_id, ask.fingerprint, ask.request_id, self._owner)
+        values = (ask.digest, ask.tenant_id, ask.fingerprint, ask.request_id)
+        mine = (self._owner, self._log_id, ask.expires_unix_ms)
         for _ in range(_RACES_MAX):
-            if self._execute(_INSERT, (*values, ask.expires_unix_ms)).rowcount == 1:
+            if self._execute(_INSERT, (*values, *mine)).rowcount == 1:
                 return Claim(digest=ask.digest, attempt=1, request_id=ask.request_id)
             row = self._execute(_SELECT + self._locking, (ask.digest,)).fetchone()
             if row is not None:
@@ -163,7 +172,9 @@ class ClaimRows:
     def end(self, claim: Claim, *, owes: bool) -> None:
         row = self._execute(_OWED + self._locking, (claim.digest,)).fetchone()
         if row is not None:
-            owed = [*json.loads(row[0]), *([claim.request_id] if owes else [])]
+            owed = json.loads(row[0])
+            if owes:
+                owed.append([self._log_id, claim.request_id])
             self._execute(_END, (json.dumps(owed), *self._mine(claim)))
 
     def release(self, claim: Claim) -> None:
@@ -177,16 +188,21 @@ class ClaimRows:
             self.end(Claim(digest=digest, attempt=attempt, request_id=request_id), owes=True)
 
     def debts(self) -> Sequence[Debt]:
-        rows = self._execute(_DEBTS, (SWEEP_ROWS,)).fetchall()
+        rows = self._execute(_DEBTS, (f'%["{self._log_id}", %', SWEEP_ROWS)).fetchall()
         return [
-            Debt(digest=bytes(digest), tenant_id=tenant_id, request_ids=json.loads(owed))
+            Debt(
+                digest=bytes(digest),
+                tenant_id=tenant_id,
+                request_ids=[each for log_id, each in json.loads(owed) if log_id == self._log_id],
+            )
             for digest, tenant_id, owed in rows
         ]
 
     def settled(self, debt: Debt) -> None:
         row = self._execute(_OWED + self._locking, (debt.digest,)).fetchone()
         if row is not None:
-            left = [each for each in json.loads(row[0]) if each not in debt.request_ids]
+            paid = [[self._log_id, request_id] for request_id in debt.request_ids]
+            left = [each for each in json.loads(row[0]) if each not in paid]
             self._execute(_SET_OWED, (json.dumps(left), debt.digest))
 
     def sweep(self, *, now_unix_ms: int, answer_bytes_max: int) -> int:
@@ -206,8 +222,9 @@ class ClaimRows:
         return Extent(rows=int(rows), answer_bytes=int(size))
 
     def _claim_known(self, ask: Ask, row: Sequence[Any]) -> Verdict:
-        fingerprint, request_id, attempt, state, owner, owed_text, tokens, answer, expires = row
-        owed: list[str] = json.loads(owed_text)
+        fingerprint, request_id, attempt, state, owner, log_id, owed_text, *rest = row
+        tokens, answer, expires = rest
+        owed: list[list[str]] = json.loads(owed_text)
         in_debt = state == KeyState.ANSWERED and bool(owed)
         if expires <= ask.now_unix_ms and not in_debt:
             return self._take(ask, request_id=ask.request_id, attempt=1, owed=[])
@@ -219,12 +236,14 @@ class ClaimRows:
         if state == KeyState.RUNNING:
             if owner != self._owner and self._is_alive(owner):
                 return Elsewhere(request_id)
-            owed.append(request_id)
+            owed.append([log_id, request_id])
         if attempt >= ATTEMPTS_MAX:
             return Exhausted()
         return self._take(ask, request_id=ask.retry_id, attempt=attempt + 1, owed=owed)
 
-    def _take(self, ask: Ask, *, request_id: str, attempt: int, owed: Sequence[str]) -> Claim:
+    def _take(
+        self, ask: Ask, *, request_id: str, attempt: int, owed: Sequence[Sequence[str]]
+    ) -> Claim:
         self._execute(
             _TAKE,
             (
@@ -232,6 +251,7 @@ class ClaimRows:
                 request_id,
                 attempt,
                 self._owner,
+                self._log_id,
                 json.dumps(owed),
                 ask.expires_unix_ms,
                 ask.digest,

@@ -92,7 +92,7 @@ Verdict = Claim | Answer | Elsewhere | Conflicting | Exhausted
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Debt:
-    """Attempts whose charges are to be given back: a later one of their key was whole."""
+    """Attempts of our log whose charges are to be given back: a later one was whole."""
 
     digest: bytes
     tenant_id: str
@@ -144,7 +144,10 @@ class ClaimStore(Protocol):
         ...
 
     async def debts(self) -> Sequence[Debt]:
-        """At most SWEEP_ROWS keys that were answered and still owe."""
+        """At most SWEEP_ROWS keys that were answered and owe for attempts in our meter log.
+
+        Only who has the log knows whether an attempt has a record, and so only it pays.
+        """
         ...
 
     async def settled(self, debt: Debt) -> None:

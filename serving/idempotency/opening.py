@@ -9,12 +9,15 @@ from headrace.serving.idempotency.claims import ClaimStore
 from headrace.serving.idempotency.sqlite_claims import SqliteClaims
 
 
-def open_claims(config: Config, *, owner: str, is_alive: Callable[[str], bool]) -> ClaimStore:
+def open_claims(
+    config: Config, *, owner: str, log_id: str, is_alive: Callable[[str], bool]
+) -> ClaimStore:
     """The store that this frontend shares with its neighbours. Blocks; the caller closes it.
 
     Args:
         config: of this frontend.
         owner: names this life of this process.
+        log_id: of the meter log that its attempts are recorded in.
         is_alive: whether another owner on this machine lives.
 
     Raises:
@@ -23,7 +26,7 @@ def open_claims(config: Config, *, owner: str, is_alive: Callable[[str], bool]) 
     """
     dsn_path = config.idempotency.postgres_path
     if dsn_path is None:
-        return SqliteClaims(config.idempotency_path, owner=owner, is_alive=is_alive)
+        return SqliteClaims(config.idempotency_path, owner=owner, log_id=log_id, is_alive=is_alive)
     try:
         # Its home imports psycopg, which the embedded install does not have.
         from headrace.serving.idempotency.postgres_claims import PostgresClaims
@@ -34,7 +37,7 @@ def open_claims(config: Config, *, owner: str, is_alive: Callable[[str], bool]) 
             fix="pip install 'headrace[postgres]', or unset it.",
             field="idempotency.postgres_path",
         ) from error
-    return PostgresClaims(_dsn(dsn_path), owner=owner)
+    return PostgresClaims(_dsn(dsn_path), owner=owner, log_id=log_id)
 
 
 def _dsn(path: Path) -> str:

@@ -58,10 +58,11 @@ _SCHEMA_LOCK = "SELECT pg_advisory_xact_lock(7142857)"
 class PostgresClaims:
     """Implements ClaimStore. Its methods belong to one event loop."""
 
-    def __init__(self, dsn: str, *, owner: str, lease_s: float = LEASE_S) -> None:
+    def __init__(self, dsn: str, *, owner: str, log_id: str, lease_s: float = LEASE_S) -> None:
         """Nothing is connected before the first call, so that a frontend starts without it."""
         self._dsn = dsn
         self._owner = owner
+        self._log_id = log_id
         self._lease_s = lease_s
         self._idle: queue.LifoQueue[psycopg.Connection[Any]] = queue.LifoQueue()
         self._threads = ThreadPoolExecutor(CONNECTIONS, thread_name_prefix="idempotency")
@@ -125,7 +126,14 @@ class PostgresClaims:
             def is_alive(owner: str) -> bool:
                 return execute(_ALIVE, (owner,)).fetchone() is not None
 
-            return work(ClaimRows(execute, owner=self._owner, is_alive=is_alive, dialect=POSTGRES))
+            rows = ClaimRows(
+                execute,
+                owner=self._owner,
+                log_id=self._log_id,
+                is_alive=is_alive,
+                dialect=POSTGRES,
+            )
+            return work(rows)
 
         return await self._in_thread(lambda: self._transaction(within))
 

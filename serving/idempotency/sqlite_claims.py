@@ -69,6 +69,7 @@ class SqliteClaims:
         path: Path,
         *,
         owner: str,
+        log_id: str,
         is_alive: Callable[[str], bool],
         connect: Connect = connect,
     ) -> None:
@@ -77,6 +78,7 @@ class SqliteClaims:
         Args:
             path: made when missing; on a local disk.
             owner: names this life of this process.
+            log_id: of the meter log that its attempts are recorded in.
             is_alive: whether the process of another owner lives.
             connect: how connections are made; tests pass one that fails on purpose.
 
@@ -90,6 +92,7 @@ class SqliteClaims:
         except (sqlite3.Error, OSError) as error:
             raise unavailable(str(error)) from error
         self._owner = owner
+        self._log_id = log_id
         self._is_alive = is_alive
         self._jobs: queue.Queue[_Job | None] = queue.Queue(QUEUE_MAX)
         self._closed = False
@@ -170,7 +173,12 @@ class SqliteClaims:
         """One transaction for all; the results, or why none of it was stored."""
         try:
             connection = self._connection = self._connection or self._connect(self._path)
-            rows = ClaimRows(connection.execute, owner=self._owner, is_alive=self._is_alive)
+            rows = ClaimRows(
+                connection.execute,
+                owner=self._owner,
+                log_id=self._log_id,
+                is_alive=self._is_alive,
+            )
             connection.execute("BEGIN IMMEDIATE")
             results = [job.work(rows) for job in batch]
             connection.execute("COMMIT")

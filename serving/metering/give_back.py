@@ -37,14 +37,19 @@ class GivenBack(Enum):
     DONE = "done"
     """Nothing is charged for the request any more."""
     NEVER_RAN = "never ran"
-    """Nothing ever was: it has no record."""
+    """Nothing ever was: it has no record, or the id is another request's."""
     LATER = "later"
     """It is not settled yet; ask again."""
 
 
 class GiveBack(Protocol):
-    async def __call__(self, *, tenant_id: str, request_id: str, reason: str) -> GivenBack:
+    async def __call__(
+        self, *, tenant_id: str, request_id: str, reason: str, opened_under: bytes = b""
+    ) -> GivenBack:
         """Reverse whatever the request was charged; the same request is given back once.
+
+        `opened_under` is the digest of its idempotency key: a caller chooses its request ids, so
+        an attempt's may be that of another, paid request.
 
         Raises:
             MeterUnavailable: it can be neither read nor written; ask again.
@@ -59,9 +64,11 @@ class ChargeReversal:
         self._find = find
         self._adjust = adjust
 
-    async def __call__(self, *, tenant_id: str, request_id: str, reason: str) -> GivenBack:
+    async def __call__(
+        self, *, tenant_id: str, request_id: str, reason: str, opened_under: bytes = b""
+    ) -> GivenBack:
         record = await asyncio.to_thread(self._find, tenant_id, request_id)
-        if record is None:
+        if record is None or record.idempotency_digest != opened_under:
             return GivenBack.NEVER_RAN
         if record.outcome is Outcome.OPEN:
             return GivenBack.LATER

@@ -41,6 +41,8 @@ class Request:
     price_id: str
     hold_femto: int
     accepted_unix_ms: int
+    idempotency_digest: str
+    """Hexadecimal."""
     version: str
     outcome: str = Outcome.OPEN.value
     prompt_tokens: int = 0
@@ -225,6 +227,7 @@ class Fold:
             price_id=frozen.price_id,
             hold_femto=check.whole(logged, reserve.hold_femto, "hold_femto"),
             accepted_unix_ms=check.moment(logged, reserve.accepted_unix_ms, "accepted_unix_ms"),
+            idempotency_digest=reserve.idempotency_digest.hex(),
         )
 
     def _checkpoint(self, logged: Logged, checkpoint: pb.Checkpoint) -> None:
@@ -281,6 +284,7 @@ class Fold:
             price_id=frozen.price_id,
             hold_femto=0,
             accepted_unix_ms=unix_ms,
+            idempotency_digest="",
         )
         self._receipt(logged, request, refuse)
         self._end(logged, request, check.outcome(logged, refuse.outcome), unix_ms, {})

@@ -204,6 +204,7 @@ def record_of(row: Row) -> UsageRecord:
         tier=Tier(request.tier),
         hold_femto=request.hold_femto,
         waived_femto=request.waived_femto,
+        idempotency_digest=bytes.fromhex(request.idempotency_digest),
     )
 
 

@@ -43,6 +43,7 @@ REQUEST_OPENING: Columns = {
     "price_id": TEXT,
     "hold_femto": INTEGER,
     "accepted_unix_ms": INTEGER,
+    "idempotency_digest": TEXT,
 }
 REQUEST_END: Columns = {
     "version": TEXT,
