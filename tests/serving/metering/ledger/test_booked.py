@@ -65,7 +65,7 @@ def test_credit_for_a_project_is_in_its_balance_its_export_and_the_proof(ledger,
         ("search", "sorry"),
         ("", "credit granted by olga"),
     ]
-    assert reconcile(ledger, [log]).differences == 0
+    assert reconcile([log], ledger).agree
 
 
 def test_a_ledger_from_before_keeps_its_credit_and_takes_on_new_ones(database, log, monkeypatch):
