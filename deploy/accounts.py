@@ -112,7 +112,7 @@ def opened(args: argparse.Namespace) -> Iterator[Accounts]:
         return
     from headrace.deploy.remote_accounts import RemoteAccounts
 
-    with closing(RemoteAccounts(args.address, _token(args.token_file), args.ca)) as remote:
+    with closing(RemoteAccounts(args.address, read_token(args.token_file), args.ca)) as remote:
         yield remote
 
 
@@ -128,7 +128,7 @@ def who_am_i(args: argparse.Namespace) -> tuple[str, Sequence[tuple[str, str]]]:
         return local_actor(), [(Role.OPERATOR, "")]
     from headrace.deploy.remote_accounts import RemoteAccounts
 
-    with closing(RemoteAccounts(args.address, _token(args.token_file), args.ca)) as remote:
+    with closing(RemoteAccounts(args.address, read_token(args.token_file), args.ca)) as remote:
         found = remote.who_am_i()
     return found.actor, [(grant.role, grant.tenant_id) for grant in found.grants]
 
@@ -163,7 +163,12 @@ def as_json(entity: Organisation | Project | ApiKey) -> dict[str, object]:
     return dict(public_state(entity))
 
 
-def _token(path: Path | None) -> str:
+def read_token(path: Path | None) -> str:
+    """The token or key in the file.
+
+    Raises:
+        ConfigRefused: no file is named, or it cannot be read.
+    """
     if path is None:
         raise ConfigRefused(
             "--address is given, and no --token-file.",

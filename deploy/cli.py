@@ -30,6 +30,8 @@ VERBS = {
     "usage": "show what requests used and cost, or export it",
     "prices": "publish and show price books",
     "statement": "show what a tenant owes for a month",
+    "credit": "give an organisation money",
+    "adjust": "correct what an organisation owes",
     "invoice": "issue a month's invoices, or list them",
     "reconcile": "prove that log and ledger agree",
     "ledger": "show how far the ledger is, or make it again from the logs",

@@ -23,15 +23,20 @@ def address_and_key(args: argparse.Namespace) -> tuple[str, str]:
         ConfigRefused: the configuration or the key file cannot be read.
     """
     config = Config.load(args.home)
-    host = config.frontend.host
-    # Where a server that listens everywhere is reached from this machine.
-    host = "127.0.0.1" if host in ("0.0.0.0", "::", "") else host  # noqa: S104  Compared only.
-    address = args.address or f"{host}:{config.frontend.grpc_port}"
+    address = args.address or local_address(config)
     key = args.key or os.environ.get("HEADRACE_API_KEY")
     if not key:
         config.prepare_home()
         key = demo_key(config)
     return address, key
+
+
+def local_address(config: Config) -> str:
+    """Where the frontend of this home is reached from this machine."""
+    host = config.frontend.host
+    # A server that listens everywhere is here, too.
+    host = "127.0.0.1" if host in ("0.0.0.0", "::", "") else host  # noqa: S104  Compared only.
+    return f"{host}:{config.frontend.grpc_port}"
 
 
 def certificates(args: argparse.Namespace) -> Path | None:

@@ -27,6 +27,7 @@
   x KeyNotFound             NOT_FOUND            no API key has this id
   x AccountNotFound         NOT_FOUND            no such organisation, project, budget or batch
   x AccountExists           ALREADY_EXISTS       the name is taken
+  x CorrectionExists        ALREADY_EXISTS       the id of a correction or credit is taken
   x AccountsUnavailable     UNAVAILABLE          organisations and keys cannot be read
   x UnknownUnit             INVALID_ARGUMENT     nothing is counted in this unit
   x AmountOutOfRange        INVALID_ARGUMENT     a quantity or sum that cannot be recorded
@@ -241,6 +242,11 @@ class AccountNotFound(ServingError):
 class AccountExists(ServingError):
     code = Code.ALREADY_EXISTS
     reason = "ACCOUNT_EXISTS"
+
+
+class CorrectionExists(ServingError):
+    code = Code.ALREADY_EXISTS
+    reason = "CORRECTION_EXISTS"
 
 
 class AccountsUnavailable(ServingError):

@@ -6,7 +6,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from headrace.deploy import ledgers
+from headrace.deploy import corrections, ledgers, sla_credits
+from headrace.deploy.accounts import add_options
+from headrace.deploy.commands.adjust import as_json, shown_amount
 from headrace.deploy.tables import money, show_table
 from headrace.serving.admission.key_store import secret_file
 from headrace.serving.clock import SystemClock
@@ -38,6 +40,16 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     state.add_argument("--month", required=True, help="in UTC, like 2026-11")
     state.add_argument("--out", type=Path, help="write the signed statement to this file")
     state.set_defaults(run=_state)
+    credit = actions.add_parser(
+        "credits",
+        help="show the credits of one month, and give them",
+        description="The statement is this home's; --address says which frontend writes.",
+    )
+    credit.add_argument("--tenant", required=True, help="whose month")
+    credit.add_argument("--month", required=True, help="in UTC, like 2026-11")
+    credit.add_argument("--apply", action="store_true", help="write them: twice gives once")
+    credit.set_defaults(run=_credit)
+    add_options(credit)
     check = actions.add_parser("verify", help="check a signed statement and print what it says")
     check.add_argument("file", type=Path, help="as --out wrote it")
     check.add_argument("--key", type=Path, help="the issuer's public key (default: this home's)")
@@ -51,19 +63,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 def _state(args: argparse.Namespace) -> int:
     config = Config.load(args.home)
-    month = Month.parse(args.month)
-    which = Which(
-        tenant_id=args.tenant,
-        since_unix_ms=month.begins_unix_ms,
-        until_unix_ms=month.ends_unix_ms,
-    )
-    with ledgers.invoiced(config) as ledger:
-        made = statement(
-            LedgerReader(ledger).stream(which),
-            tenant_id=args.tenant,
-            month=month,
-            objective_of=config.tiers.objective,
-        )
+    made = _made(config, args.tenant, Month.parse(args.month))
     if args.out is not None:
         signed = _key(config).sign(made, issued_unix_ms=SystemClock().unix_ms())
         args.out.write_text(signed + "\n", "ascii")
@@ -72,6 +72,41 @@ def _state(args: argparse.Namespace) -> int:
         print(json.dumps(statement_json(made)))
     else:
         _show(made)
+    return 0
+
+
+def _made(config: Config, tenant_id: str, month: Month) -> Statement:
+    which = Which(
+        tenant_id=tenant_id,
+        since_unix_ms=month.begins_unix_ms,
+        until_unix_ms=month.ends_unix_ms,
+    )
+    with ledgers.invoiced(config) as ledger:
+        return statement(
+            LedgerReader(ledger).stream(which),
+            tenant_id=tenant_id,
+            month=month,
+            objective_of=config.tiers.objective,
+        )
+
+
+def _credit(args: argparse.Namespace) -> int:
+    month = Month.parse(args.month)
+    found = sla_credits.adjustments(_made(Config.load(args.home), args.tenant, month))
+    records: list[tuple[str, int] | tuple[None, None]] = [(None, None)] * len(found)
+    if args.apply:
+        sla_credits.check_over(month, unix_ms=SystemClock().unix_ms())
+    if args.apply and found:
+        with corrections.opened(args) as writer:
+            records = [writer.write(each) for each in found]
+    shown = list(zip(found, records, strict=True))
+    if args.json:
+        print(json.dumps([as_json(each, log_id=log, seq=seq) for each, (log, seq) in shown]))
+    elif not shown:
+        print(f"No credit is due to {args.tenant} for {month}.")
+    for each, (log, seq) in () if args.json else shown:
+        where = "not written" if seq is None else f"record {seq:,} of log {log}"
+        print(f"{shown_amount(each)}  {each.reason}  ({where})")
     return 0
 
 

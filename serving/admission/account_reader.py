@@ -52,6 +52,15 @@ class AccountReader:
             raise no_organisation(tenant_id)
         return schema.organisation(rows[0])
 
+    def check_exists(self, *, tenant_id: str, project_id: str = "") -> None:
+        """Raises AccountNotFound: no such organisation, or no such project in it."""
+        self.organisation(tenant_id=tenant_id)
+        where = "WHERE tenant_id = ? AND project_id = ?"
+        if project_id and not self._rows(
+            f"{schema.SELECT_PROJECT} {where}", (tenant_id, project_id)
+        ):
+            raise no_project(tenant_id, project_id)
+
     def key(self, *, key_id: str, tenant_id: str | None = None) -> ApiKey:
         """Raises KeyNotFound: no such key in `tenant_id` (None: in any organisation)."""
         rows = self._rows(f"{schema.SELECT_KEY} WHERE key_id = ?", (key_id,))

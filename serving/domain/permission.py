@@ -81,6 +81,8 @@ METHODS: Mapping[str, Permission | None] = {
     "Admin/RevokeKey": Permission.KEYS_WRITE,
     "Admin/ListAudit": Permission.AUDIT_READ,
     "Admin/VerifyAudit": Permission.AUDIT_READ,
+    "Billing/Adjust": Permission.BILLING_WRITE,
+    "Billing/Grant": Permission.BILLING_WRITE,
 }
 """What each administrative method asks of its caller; None asks only to be known. Every service
 that administers something has its rows here."""

@@ -119,6 +119,9 @@ class Grant:
     budget_id: str = ""
     expires_unix_ms: int = 0
     """0: never."""
+    project_id: str = ""
+    """Empty: the organisation as a whole."""
+    reason: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -34,6 +34,7 @@ from headrace.serving.config import Config
 from headrace.serving.errors import ConfigRefused, QuotaUnavailable
 from headrace.serving.frontend.admin import AdminService
 from headrace.serving.frontend.batch import BatchService
+from headrace.serving.frontend.billing import BillingService
 from headrace.serving.frontend.gate import Gate
 from headrace.serving.frontend.health import SERVICES, Readiness
 from headrace.serving.frontend.http import HttpServer
@@ -49,11 +50,21 @@ from headrace.serving.observe import Metrics
 from headrace.serving.observe_quota import QuotaMetrics
 from headrace.serving.pipeline import Pipeline
 from headrace.serving.tracing import tracer
-from headrace.v1 import admin_pb2, admin_pb2_grpc, batch_pb2_grpc, inference_pb2_grpc
+from headrace.v1 import (
+    admin_pb2,
+    admin_pb2_grpc,
+    batch_pb2_grpc,
+    billing_pb2,
+    billing_pb2_grpc,
+    inference_pb2_grpc,
+)
 
 HOUSEKEEPING_S = 1.0
 TOKENISER_THREADS = 2
-_ADMIN = admin_pb2.DESCRIPTOR.services_by_name["Admin"].full_name
+_OF_OPERATORS = (
+    admin_pb2.DESCRIPTOR.services_by_name["Admin"].full_name,
+    billing_pb2.DESCRIPTOR.services_by_name["Billing"].full_name,
+)
 ANSWER_BYTES_MAX = 64 << 20
 """A unary answer: 16 choices of 8 Ki tokens with 20 logprobs each are about 40 MiB."""
 
@@ -158,7 +169,8 @@ class Frontend:
         )
         directory = await self._start_directory(token)
         http = await self._start_http()
-        public = await self._start_grpc(service, admin, batches, edge)
+        billing = BillingService(self.books.corrections, accounts)
+        public = await self._start_grpc(service, admin, billing, batches, edge)
         housekeeping = asyncio.get_running_loop().create_task(self._keep_house())
         stack.push_async_callback(_ended, housekeeping)
         addresses = Addresses(grpc=public, http=http, directory=directory)
@@ -338,7 +350,12 @@ class Frontend:
             raise _port_taken("frontend.http_port", where) from error
 
     async def _start_grpc(
-        self, service: InferenceService, admin: AdminService, batches: BatchService, edge: Edge
+        self,
+        service: InferenceService,
+        admin: AdminService,
+        billing: BillingService,
+        batches: BatchService,
+        edge: Edge,
     ) -> str:
         settings = self._config.frontend
         server = self._server = grpc.aio.server(
@@ -346,10 +363,11 @@ class Frontend:
         )
         inference_pb2_grpc.add_InferenceServicer_to_server(service, server)
         admin_pb2_grpc.add_AdminServicer_to_server(admin, server)
+        billing_pb2_grpc.add_BillingServicer_to_server(billing, server)
         batch_pb2_grpc.add_BatchServicer_to_server(batches, server)
         self.readiness.add_to(server)
         await self.readiness.publish()
-        names = [*SERVICES[1:], _ADMIN, "grpc.health.v1.Health", reflection.SERVICE_NAME]
+        names = [*SERVICES[1:], *_OF_OPERATORS, "grpc.health.v1.Health", reflection.SERVICE_NAME]
         reflection.enable_server_reflection(names, server)
         where = f"{settings.host}:{settings.grpc_port}"
         try:

@@ -12,12 +12,14 @@ from collections.abc import Callable
 from headrace.serving import log
 from headrace.serving.clock import Clock
 from headrace.serving.config import Config
-from headrace.serving.domain.record import Adjustment, UsageRecord
+from headrace.serving.domain.record import Adjustment, Grant, UsageRecord
 from headrace.serving.domain.tier import Tier
 from headrace.serving.domain.units import TEXT_UNITS
 from headrace.serving.domain.usage import Price
 from headrace.serving.errors import ConfigRefused
 from headrace.serving.metering import price_book
+from headrace.serving.metering.corrections import Corrections
+from headrace.serving.metering.ledger.booked import Booked, booked
 from headrace.serving.metering.ledger.followers import LOCAL, SHARED, Followers
 from headrace.serving.metering.ledger.ledger import Ledger
 from headrace.serving.metering.ledger.projector import Follower
@@ -92,6 +94,10 @@ class Books:
             self._finding = threading.Lock()
             self._found_by = Follower(self._reader(config), ledger, clock=clock)
             self._lookups = LedgerReader(ledger)
+            self.corrections = Corrections(
+                self.meter, find=self.find_correction, currency=lambda: self.currency, clock=clock
+            )
+            """What people write: checked, and each id once."""
             self._stack = stack.pop_all()
 
     def price(self, model: str, tier: Tier = Tier.STANDARD) -> Price:
@@ -114,6 +120,21 @@ class Books:
             which = Which(tenant_id=tenant_id, request_id=request_id)
             records = self._lookups.records(which, limit=1)
         return records[0] if records else None
+
+    def find_correction(self, correction: Adjustment | Grant) -> Booked | None:
+        """What is durable under its id; see `booked`. Blocks.
+
+        Raises:
+            MeterUnavailable, LedgerUnavailable: the books cannot be read.
+        """
+        with self._finding:
+            self._found_by.catch_up()
+            return booked(self._ledger, correction)
+
+    @property
+    def currency(self) -> str:
+        """Of the price book in force."""
+        return self._prices.at(self._clock.unix_ms()).currency
 
     def spent_femto(self, *, epoch: str, limit_name: str, period: str) -> int | None:
         """What a life of this frontend charged against a budget; see `spent.spent_femto`. Blocks.

@@ -204,7 +204,7 @@ class Adjust(_message.Message):
     def __init__(self, adjustment_id: _Optional[str] = ..., tenant_id: _Optional[str] = ..., project_id: _Optional[str] = ..., request_id: _Optional[str] = ..., amount_femto: _Optional[int] = ..., currency: _Optional[str] = ..., reason: _Optional[str] = ..., actor: _Optional[str] = ...) -> None: ...
 
 class Grant(_message.Message):
-    __slots__ = ("grant_id", "tenant_id", "budget_id", "amount_femto", "currency", "expires_unix_ms", "actor")
+    __slots__ = ("grant_id", "tenant_id", "budget_id", "amount_femto", "currency", "expires_unix_ms", "actor", "project_id", "reason")
     GRANT_ID_FIELD_NUMBER: _ClassVar[int]
     TENANT_ID_FIELD_NUMBER: _ClassVar[int]
     BUDGET_ID_FIELD_NUMBER: _ClassVar[int]
@@ -212,6 +212,8 @@ class Grant(_message.Message):
     CURRENCY_FIELD_NUMBER: _ClassVar[int]
     EXPIRES_UNIX_MS_FIELD_NUMBER: _ClassVar[int]
     ACTOR_FIELD_NUMBER: _ClassVar[int]
+    PROJECT_ID_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
     grant_id: str
     tenant_id: str
     budget_id: str
@@ -219,7 +221,9 @@ class Grant(_message.Message):
     currency: str
     expires_unix_ms: int
     actor: str
-    def __init__(self, grant_id: _Optional[str] = ..., tenant_id: _Optional[str] = ..., budget_id: _Optional[str] = ..., amount_femto: _Optional[int] = ..., currency: _Optional[str] = ..., expires_unix_ms: _Optional[int] = ..., actor: _Optional[str] = ...) -> None: ...
+    project_id: str
+    reason: str
+    def __init__(self, grant_id: _Optional[str] = ..., tenant_id: _Optional[str] = ..., budget_id: _Optional[str] = ..., amount_femto: _Optional[int] = ..., currency: _Optional[str] = ..., expires_unix_ms: _Optional[int] = ..., actor: _Optional[str] = ..., project_id: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class Carry(_message.Message):
     __slots__ = ("open", "left")

@@ -175,13 +175,22 @@ class MemoryLog:
         )
 
     def grants(
-        self, grant_id: str, femto: int, *, tenant_id: str = "acme", budget_id: str = ""
+        self,
+        grant_id: str,
+        femto: int,
+        *,
+        tenant_id: str = "acme",
+        budget_id: str = "",
+        project_id: str = "",
+        reason: str = "",
     ) -> int:
         return self.append(
             grant=pb.Grant(
                 grant_id=grant_id,
                 tenant_id=tenant_id,
                 budget_id=budget_id,
+                project_id=project_id,
+                reason=reason,
                 amount_femto=femto,
                 currency="USD",
                 expires_unix_ms=self.unix_ms + 86_400_000,

@@ -32,7 +32,7 @@ from headrace.serving.testing.greedy_sampler import GreedySampler
 from headrace.serving.testing.scripted_engine import Rule, chained, tiny_limits
 from headrace.serving.testing.tiny_artifact import tiny_manifest, write_tiny_artifact
 from headrace.serving.tokenizer import Tokenizer
-from headrace.v1 import admin_pb2_grpc, inference_pb2_grpc
+from headrace.v1 import admin_pb2_grpc, billing_pb2_grpc, inference_pb2_grpc
 
 MODEL = "tiny"
 CONTROL_TOKENS = 3
@@ -146,6 +146,7 @@ class Platform:
         self.frontend: Frontend
         self.stub: inference_pb2_grpc.InferenceStub
         self.admin: admin_pb2_grpc.AdminStub
+        self.billing: billing_pb2_grpc.BillingStub
         self.channel: grpc.aio.Channel
         self._has_changed = asyncio.Event()
 
@@ -163,6 +164,7 @@ class Platform:
         )
         self.stub = inference_pb2_grpc.InferenceStub(self.channel)
         self.admin = admin_pb2_grpc.AdminStub(self.channel)
+        self.billing = billing_pb2_grpc.BillingStub(self.channel)
         for _ in range(self._num_replicas):
             await self.add_replica()
         return self

@@ -21,6 +21,7 @@ from headrace.serving.metering.ledger.currency import FEMTO_DIGITS, decimal
 from headrace.serving.metering.ledger.database import Row, Value
 from headrace.serving.metering.ledger.ledger import Ledger
 from headrace.serving.metering.ledger.reader import Which
+from headrace.serving.metering.ledger.schema import WHY_CREDITED
 
 FOCUS_VERSIONS = ("1.2",)
 PROVIDER = "Headrace"
@@ -99,10 +100,9 @@ def rows(ledger: Ledger, which: Which) -> Iterator[FocusRow]:
         where, values = _corrections_of(which)
         for row in ledger.database.stream(f"{_ADJUSTMENTS} {where} ORDER BY 1, 2", values):
             yield _correction(row, category="Adjustment")
-        if which.project_id is None:
-            where = f"{where} AND budget_id = ''" if where else "WHERE budget_id = ''"
-            for row in ledger.database.stream(f"{_CREDITS} {where} ORDER BY 1, 2", values):
-                yield _correction(row, category="Credit")
+        where = f"{where} AND budget_id = ''" if where else "WHERE budget_id = ''"
+        for row in ledger.database.stream(f"{_CREDITS} {where} ORDER BY 1, 2", values):
+            yield _correction(row, category="Credit")
 
 
 def check_version(version: str) -> None:
@@ -136,7 +136,7 @@ _ADJUSTMENTS = (
     " unix_ms, month FROM adjustment"
 )
 _CREDITS = (
-    "SELECT tenant_id, grant_id, '', '', -amount_femto, currency, 'credit granted by ' || actor,"
+    f"SELECT tenant_id, grant_id, project_id, '', -amount_femto, currency, {WHY_CREDITED},"
     " unix_ms, month FROM credit"
 )
 

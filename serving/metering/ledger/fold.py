@@ -323,6 +323,8 @@ class Fold:
                 check.month_of(unix_ms),
                 self.log_no,
                 logged.seq,
+                check.text(logged, grant.project_id, "project_id"),
+                check.text(logged, grant.reason, "reason"),
             )
         )
 

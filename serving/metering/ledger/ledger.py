@@ -159,9 +159,9 @@ class Ledger:
                 effects.balance((tenant_id, project_id, currency, month)).adjusted += amount
         if effects.credits:
             rows = execute(statements.insert_credits, (as_batch(sorted(effects.credits)),))
-            for tenant_id, budget_id, currency, month, amount in rows:
+            for tenant_id, project_id, budget_id, currency, month, amount in rows:
                 if not budget_id:  # Else a slice of a budget that a frontend may spend: no gift.
-                    effects.balance((tenant_id, "", currency, month)).credit += amount
+                    effects.balance((tenant_id, project_id, currency, month)).credit += amount
         return effects
 
     def _write(self, execute: Execute, effects: Effects) -> None:
@@ -217,7 +217,7 @@ class _Statements:
         self.insert_credits = (
             _insert(dialect, "credit", schema.CREDIT)
             + " ON CONFLICT (tenant_id, grant_id) DO NOTHING"
-            " RETURNING tenant_id, budget_id, currency, month, amount_femto"
+            " RETURNING tenant_id, project_id, budget_id, currency, month, amount_femto"
         )
         self.upsert_balances = (
             _insert(dialect, "balance", schema.BALANCE)

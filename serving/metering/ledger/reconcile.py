@@ -350,8 +350,8 @@ _BALANCE_PARTS = (
     " WHERE month IS NOT NULL GROUP BY tenant_id, project_id, price.currency, month",
     f"SELECT tenant_id, project_id, currency, month, count(*), {sum_of('amount_femto')}"
     " FROM adjustment GROUP BY tenant_id, project_id, currency, month",
-    f"SELECT tenant_id, '', currency, month, count(*), {sum_of('amount_femto')}"
-    " FROM credit WHERE budget_id = '' GROUP BY tenant_id, currency, month",
+    f"SELECT tenant_id, project_id, currency, month, count(*), {sum_of('amount_femto')}"
+    " FROM credit WHERE budget_id = '' GROUP BY tenant_id, project_id, currency, month",
 )
 
 

@@ -22,13 +22,13 @@ adds says so (`compatible_with`), so that the release before goes on working bes
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from headrace.serving.errors import ConfigRefused
 from headrace.serving.metering.ledger.database import INTEGER, TEXT, Columns, Database, Execute
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 LOG: Columns = {"log_no": INTEGER, "log_id": TEXT, "seq": INTEGER, "unix_ms": INTEGER}
 PRICE: Columns = {"price_id": TEXT, "currency": TEXT, "version": TEXT, "rates": TEXT}
@@ -82,7 +82,7 @@ ADJUSTMENT: Columns = {
     "month": INTEGER,
     **REQUEST_KEY,
 }
-CREDIT: Columns = {
+_CREDIT_1: Columns = {
     "tenant_id": TEXT,
     "grant_id": TEXT,
     "budget_id": TEXT,
@@ -94,6 +94,10 @@ CREDIT: Columns = {
     "month": INTEGER,
     **REQUEST_KEY,
 }
+_CREDIT_2: Columns = {"project_id": TEXT, "reason": TEXT}
+CREDIT: Columns = {**_CREDIT_1, **_CREDIT_2}
+WHY_CREDITED = "CASE reason WHEN '' THEN 'credit granted by ' || actor ELSE reason END"
+"""What statements and exports say of a row of `credit`."""
 BALANCE_KEY: Columns = {
     "tenant_id": TEXT,
     "project_id": TEXT,
@@ -146,7 +150,7 @@ class _Table:
         return f"CREATE TABLE {self.name} ({', '.join(lines)}) {strict}"
 
 
-_TABLES = (
+_TABLES_1 = (
     _Table(name="log", columns=LOG, key="log_no", rules=("UNIQUE (log_id)", "CHECK (seq >= 0)")),
     _Table(name="price", columns=PRICE, key="price_id"),
     _Table(
@@ -165,7 +169,7 @@ _TABLES = (
         rules=("CHECK (quantity > 0)",),
     ),
     _Table(name="adjustment", columns=ADJUSTMENT, key="tenant_id, adjustment_id"),
-    _Table(name="credit", columns=CREDIT, key="tenant_id, grant_id"),
+    _Table(name="credit", columns=_CREDIT_1, key="tenant_id, grant_id"),
     _Table(
         name="balance",
         columns=BALANCE,
@@ -182,7 +186,7 @@ _TABLES = (
     _Table(name="sink", columns=SINK, key="sink_id, log_no"),
 )
 
-_INDEXES = (
+_INDEXES_1 = (
     "CREATE INDEX request_by_id ON request (tenant_id, request_id)",
     "CREATE INDEX request_by_time ON request (accepted_unix_ms)",
     "CREATE INDEX request_by_month ON request (month, tenant_id)",
@@ -227,12 +231,22 @@ class _Step:
 
     compatible_with: int
     """The oldest release that goes on working on the result."""
-
-    def statements(self, database: Database) -> Sequence[str]:
-        return [*(table.create(database) for table in _TABLES), *_INDEXES]
+    statements: Callable[[Database], Sequence[str]]
 
 
-_STEPS: Mapping[int, _Step] = {1: _Step(compatible_with=1)}
+def _first(database: Database) -> Sequence[str]:
+    return [*(table.create(database) for table in _TABLES_1), *_INDEXES_1]
+
+
+def _credits_say_why(_: Database) -> Sequence[str]:
+    # The release before fills neither column, and what it granted has neither.
+    return [f"ALTER TABLE credit ADD COLUMN {name} TEXT NOT NULL DEFAULT ''" for name in _CREDIT_2]
+
+
+_STEPS: Mapping[int, _Step] = {
+    1: _Step(compatible_with=1, statements=_first),
+    2: _Step(compatible_with=1, statements=_credits_say_why),
+}
 
 
 def _version(database: Database) -> tuple[int, int]:

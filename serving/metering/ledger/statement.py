@@ -18,6 +18,7 @@ from headrace.serving.metering import outcomes
 from headrace.serving.metering.ledger.currency import minor_of
 from headrace.serving.metering.ledger.database import exact, sum_of
 from headrace.serving.metering.ledger.ledger import Ledger
+from headrace.serving.metering.ledger.schema import WHY_CREDITED
 
 LINES_MAX = 100_000
 """Lines of one statement: projects times models times tiers times units; 50 MB here."""
@@ -190,7 +191,7 @@ def _corrections(ledger: Ledger, tenant_id: str, month: int) -> Mapping[str, lis
     )
     # A slice of a budget is no gift: only credit that no budget bounds is taken off.
     granted = ledger.database.rows(
-        "SELECT currency, 'credit', grant_id, '', '', 'credit granted by ' || actor,"
+        f"SELECT currency, 'credit', grant_id, project_id, '', {WHY_CREDITED},"
         " -amount_femto FROM credit WHERE tenant_id = ? AND month = ? AND budget_id = ''"
         " ORDER BY grant_id LIMIT ?",
         (tenant_id, month, LINES_MAX + 1),

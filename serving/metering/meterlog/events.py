@@ -179,8 +179,10 @@ def grant(granted: Grant, *, unix_ms: int) -> bytes:
     texts = {
         "grant_id": granted.grant_id,
         "tenant_id": granted.tenant_id,
+        "project_id": granted.project_id,
         "budget_id": granted.budget_id,
         "currency": granted.currency,
+        "reason": granted.reason,
         "actor": granted.actor,
     }
     _check_texts(**texts)

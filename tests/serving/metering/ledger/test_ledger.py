@@ -312,13 +312,13 @@ def test_a_newer_ledger_is_used_if_it_says_that_it_may_be(database, log):
     """An upgrade that only adds can be taken back by going back to the release before."""
     Ledger(database).prepare()
     with database.transaction() as execute:
-        execute("UPDATE ledger_schema SET version = 2, compatible_with = 1", ())
+        execute("UPDATE ledger_schema SET version = 3, compatible_with = 2", ())
     log.serves("r1")
     assert Ledger(database).apply(log.log_id, log.records) == 2
 
     with database.transaction() as execute:
-        execute("UPDATE ledger_schema SET version = 3, compatible_with = 2", ())
-    with pytest.raises(ConfigRefused, match="has format 3; this Headrace knows 1"):
+        execute("UPDATE ledger_schema SET version = 4, compatible_with = 3", ())
+    with pytest.raises(ConfigRefused, match="has format 4; this Headrace knows 2"):
         Ledger(database).high_water(log.log_id)
 
 

@@ -96,6 +96,8 @@ def test_corrections_and_credits_have_lines_of_their_own(ledger, log):
 
     (statement,) = statements(ledger, tenant_id="acme", month=202611)
 
+    reasons = {each.correction_id: each.reason for each in statement.corrections}
+    assert reasons == {"a1": "a correction", "g1": "credit granted by olga"}
     found = {(each.kind, each.correction_id): each.amount_minor for each in statement.corrections}
     assert found == {("adjustment", "a1"): -250, ("credit", "g1"): -100}
     assert statement.total_minor == -350
