@@ -207,7 +207,7 @@ def _token(args: argparse.Namespace) -> str:
     if args.token_file is None and args.address is None:
         raise ConfigRefused(
             "A frontend of this home is running, and no token is given.",
-            why="It writes the meter log, and asks for an operator's token with billing.write.",
+            why="It writes the meter log, and asks for an operator's token with billing.correct.",
             fix=f"Give one with --token-file or {TOKEN_VARIABLE}, or stop the frontend first.",
             field="token_file",
         )

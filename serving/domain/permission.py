@@ -27,7 +27,10 @@ class Permission(StrEnum):
     USAGE_READ = "usage.read"
     BILLING_READ = "billing.read"
     BILLING_WRITE = "billing.write"
-    """Budgets, grants and adjustments: money."""
+    """Budgets: money that an organisation allows itself."""
+    BILLING_CORRECT = "billing.correct"
+    """Credits and adjustments: money that the platform gives. Only who has the role for every
+    organisation has it: nobody credits the one they are of."""
     AUDIT_READ = "audit.read"
 
     @property
@@ -45,7 +48,9 @@ class Role(StrEnum):
     VIEWER = "viewer"
 
 
-_OF_AN_ORGANISATION = frozenset(Permission) - {Permission.ORGANISATIONS_WRITE}
+OF_THE_PLATFORM = frozenset({Permission.BILLING_CORRECT})
+"""Held by a role for all organisations, or not at all."""
+_OF_AN_ORGANISATION = frozenset(Permission) - OF_THE_PLATFORM - {Permission.ORGANISATIONS_WRITE}
 _FOR_ANYBODY_INSIDE = frozenset(
     {
         Permission.ORGANISATIONS_READ,
@@ -59,7 +64,8 @@ ROLES: Mapping[Role, frozenset[Permission]] = {
     Role.OPERATOR: frozenset(Permission),
     Role.OWNER: _OF_AN_ORGANISATION,
     Role.ADMIN: _OF_AN_ORGANISATION - {Permission.BILLING_WRITE},
-    Role.BILLING: _FOR_ANYBODY_INSIDE | {Permission.BILLING_READ, Permission.BILLING_WRITE},
+    Role.BILLING: _FOR_ANYBODY_INSIDE
+    | {Permission.BILLING_READ, Permission.BILLING_WRITE, Permission.BILLING_CORRECT},
     Role.DEVELOPER: _FOR_ANYBODY_INSIDE | {Permission.KEYS_READ, Permission.KEYS_WRITE},
     Role.VIEWER: _FOR_ANYBODY_INSIDE | {Permission.KEYS_READ},
 }
@@ -81,8 +87,8 @@ METHODS: Mapping[str, Permission | None] = {
     "Admin/RevokeKey": Permission.KEYS_WRITE,
     "Admin/ListAudit": Permission.AUDIT_READ,
     "Admin/VerifyAudit": Permission.AUDIT_READ,
-    "Billing/Adjust": Permission.BILLING_WRITE,
-    "Billing/Grant": Permission.BILLING_WRITE,
+    "Billing/Adjust": Permission.BILLING_CORRECT,
+    "Billing/Grant": Permission.BILLING_CORRECT,
 }
 """What each administrative method asks of its caller; None asks only to be known. Every service
 that administers something has its rows here."""

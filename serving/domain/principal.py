@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from headrace.serving.domain.permission import ADMIN_GROUP, ROLES, Permission, Role
+from headrace.serving.domain.permission import ADMIN_GROUP, OF_THE_PLATFORM, ROLES, Permission, Role
 from headrace.serving.domain.record import Caller
 
 
@@ -35,6 +35,8 @@ class Principal:
         """Whether a grant holds in `tenant_id`; None asks about the platform as a whole."""
         if permission is Permission.KEYS_GRANT_ADMIN and not self._has_all_methods:
             return False
+        if permission in OF_THE_PLATFORM:
+            tenant_id = None
         return any(
             permission in ROLES[grant.role] and grant.tenant_id in (None, tenant_id)
             for grant in self.grants

@@ -12,7 +12,6 @@ import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 import grpc
 import grpc.aio
@@ -31,7 +30,7 @@ from headrace.serving.channel.directory import DirectoryServer, Watcher
 from headrace.serving.channel.fleet import ReplicaFleet
 from headrace.serving.clock import Clock, SystemClock
 from headrace.serving.config import Config
-from headrace.serving.errors import ConfigRefused, QuotaUnavailable
+from headrace.serving.errors import QuotaUnavailable
 from headrace.serving.frontend.admin import AdminService
 from headrace.serving.frontend.batch import BatchService
 from headrace.serving.frontend.billing import BillingService
@@ -41,6 +40,7 @@ from headrace.serving.frontend.http import HttpServer
 from headrace.serving.frontend.inference import InferenceService
 from headrace.serving.frontend.interceptors import Edge
 from headrace.serving.frontend.job_parts import JobParts
+from headrace.serving.frontend.listening import bad_certificate, port_taken, server_credentials
 from headrace.serving.frontend.model_shelf import Load, ModelShelf, load_from_artifact
 from headrace.serving.frontend.peer import Peers
 from headrace.serving.frontend.quota_parts import QuotaParts
@@ -319,7 +319,7 @@ class Frontend:
             try:
                 address = await server.start()
             except RuntimeError as error:
-                raise _port_taken("directory.address", address) from error
+                raise port_taken("directory.address", address) from error
             self._stack.push_async_callback(server.stop)
         watcher = Watcher(address, cluster_token=token, on_set=self.fleet.update)
         watcher.start()
@@ -334,7 +334,7 @@ class Frontend:
             try:
                 tls.load_cert_chain(settings.tls_cert, settings.tls_key)
             except (OSError, ssl.SSLError) as error:
-                raise _bad_certificate(str(error)) from error
+                raise bad_certificate(str(error)) from error
         server = HttpServer(
             host=settings.host,
             port=settings.http_port,
@@ -347,7 +347,7 @@ class Frontend:
             return await server.start()
         except OSError as error:
             where = f"{settings.host}:{settings.http_port}"
-            raise _port_taken("frontend.http_port", where) from error
+            raise port_taken("frontend.http_port", where) from error
 
     async def _start_grpc(
         self,
@@ -372,12 +372,12 @@ class Frontend:
         where = f"{settings.host}:{settings.grpc_port}"
         try:
             if settings.tls_cert is not None and settings.tls_key is not None:
-                credentials = _server_credentials(settings.tls_cert, settings.tls_key)
+                credentials = server_credentials(settings.tls_cert, settings.tls_key)
                 port = server.add_secure_port(where, credentials)
             else:
                 port = server.add_insecure_port(where)
         except RuntimeError as error:
-            raise _port_taken("frontend.grpc_port", where) from error
+            raise port_taken("frontend.grpc_port", where) from error
         await server.start()
         # Answers that outlive the drain are cut off here, and settled as cancelled.
         self._stack.push_async_callback(server.stop, None)
@@ -425,28 +425,3 @@ class Frontend:
 async def _ended(task: "asyncio.Task[None]") -> None:
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
-
-
-def _server_credentials(cert: Path, key: Path) -> grpc.ServerCredentials:
-    try:
-        return grpc.ssl_server_credentials([(key.read_bytes(), cert.read_bytes())])
-    except OSError as error:
-        raise _bad_certificate(str(error)) from error
-
-
-def _bad_certificate(detail: str) -> ConfigRefused:
-    return ConfigRefused(
-        f"The TLS certificate or its key cannot be used: {detail}.",
-        why="frontend.tls_cert and frontend.tls_key turn TLS on, so both must load.",
-        fix="Point them at PEM files that this user may read and that belong together.",
-        field="frontend.tls_cert",
-    )
-
-
-def _port_taken(field: str, where: str) -> ConfigRefused:
-    return ConfigRefused(
-        f"{where} cannot be listened on.",
-        why="Another program holds the port, or the address is not this machine's.",
-        fix=f"End that program, or set {field} to another one.",
-        field=field,
-    )

@@ -29,9 +29,8 @@ class BillingStub:
     """Corrections of what is owed, and credit that is given.
 
     Authentication and authorisation are those of Admin: metadata `authorization: Bearer …` with an
-    operator's token, whose role gives `billing.write` in the organisation that the request names by
-    `tenant_id`. No role of an API key gives it: a key cannot credit its own organisation. A caller
-    whose roles are in one organisation may leave `tenant_id` empty and means that one.
+    operator's token, whose role gives `billing.correct` for all organisations ("*"): nobody credits
+    the organisation they are of, and no API key anything.
 
     Nothing that was written before is changed. Each call adds one record to the frontend's meter
     log, with who made it and why, and is answered once that record is durable; the record is its
@@ -79,9 +78,8 @@ class BillingServicer:
     """Corrections of what is owed, and credit that is given.
 
     Authentication and authorisation are those of Admin: metadata `authorization: Bearer …` with an
-    operator's token, whose role gives `billing.write` in the organisation that the request names by
-    `tenant_id`. No role of an API key gives it: a key cannot credit its own organisation. A caller
-    whose roles are in one organisation may leave `tenant_id` empty and means that one.
+    operator's token, whose role gives `billing.correct` for all organisations ("*"): nobody credits
+    the organisation they are of, and no API key anything.
 
     Nothing that was written before is changed. Each call adds one record to the frontend's meter
     log, with who made it and why, and is answered once that record is durable; the record is its
@@ -146,9 +144,8 @@ class Billing:
     """Corrections of what is owed, and credit that is given.
 
     Authentication and authorisation are those of Admin: metadata `authorization: Bearer …` with an
-    operator's token, whose role gives `billing.write` in the organisation that the request names by
-    `tenant_id`. No role of an API key gives it: a key cannot credit its own organisation. A caller
-    whose roles are in one organisation may leave `tenant_id` empty and means that one.
+    operator's token, whose role gives `billing.correct` for all organisations ("*"): nobody credits
+    the organisation they are of, and no API key anything.
 
     Nothing that was written before is changed. Each call adds one record to the frontend's meter
     log, with who made it and why, and is answered once that record is durable; the record is its

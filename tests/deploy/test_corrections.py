@@ -72,7 +72,7 @@ def this_month() -> str:
 
 
 def token() -> str:
-    """An operator's, for the accounts of acme."""
+    """An operator's, who keeps the accounts of every organisation."""
     expires = SystemClock().unix_ms() // 1000 + 60
     content = {"iss": "https://i", "aud": "headrace", "sub": "olga", "exp": expires}
     content |= {"roles": ["billing"], "tenant": "acme"}
@@ -85,7 +85,7 @@ def running(home: Path) -> Iterator[str]:
     jwks = home / "jwks.json"
     jwks.write_text(json.dumps({"keys": [SIGNING.as_dict(private=False)]}))
     operators = {"name": "corp", "issuer": "https://i", "audience": "headrace", "jwks": str(jwks)}
-    roles = {"roles": [{"name": "billing", "role": "billing"}]}
+    roles = {"roles": [{"name": "billing", "role": "billing", "tenant": "*"}]}
     started, stopping = threading.Event(), threading.Event()
     found: list[str] = []
 

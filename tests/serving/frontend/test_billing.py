@@ -87,8 +87,10 @@ async def refusal_of(call: Awaitable[object]) -> str:
 def play(home: Path, story: Callable[[World], Awaitable[None]]) -> None:
     jwks = home / "jwks.json"
     jwks.write_text(json.dumps({"keys": [SIGNING.as_dict(private=False)]}))
-    names = ("owner", "admin", "billing", "developer", "viewer")
-    roles = [{"name": name, "role": name} for name in names]
+    names = ("owner", "admin", "developer", "viewer")
+    roles: list[dict[str, str]] = [{"name": name, "role": name} for name in names]
+    roles.append({"name": "billing", "role": "billing", "tenant": "*"})
+    roles.append({"name": "their billing", "role": "billing"})
     operators = [
         {
             "name": "corp",
@@ -154,9 +156,10 @@ def test_who_may_not_write_what_is_owed_is_refused_and_nothing_is_written(tmp_pa
         every = world.store.create_key(tenant_id="acme", scope=Scope(methods=("admin",))).key
         plain = world.store.create_key(tenant_id="acme").key
         await world.platform.sees_accounts()
-        tokens = [world.token(role) for role in ("developer", "admin", "viewer")]
+        theirs = ("developer", "admin", "viewer", "owner", "their billing")
+        tokens = [world.token(role) for role in theirs]
 
-        for credential in (*tokens, every, plain, world.token("billing", "apex")):
+        for credential in (*tokens, every, plain):
             for call in (world.grants, world.adjusts):
                 assert await refusal_of(call(credential)) == "PERMISSION_DENIED"
         assert await refusal_of(world.grants("hr_none_none")) == "UNAUTHENTICATED"

@@ -5,6 +5,7 @@ import sqlite3
 from collections.abc import Awaitable, Callable
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import grpc
 import grpc.aio
@@ -12,10 +13,17 @@ import pytest
 from google.rpc.error_details_pb2 import ErrorInfo, RetryInfo
 from grpc_status import rpc_status
 
-from headrace.serving.domain.usage import Outcome
+from headrace.deploy import ledgers
+from headrace.serving.admission.accounts import open_accounts
+from headrace.serving.domain.limit import Limit, Metric
+from headrace.serving.domain.record import Settlement
+from headrace.serving.domain.scope import Scope
+from headrace.serving.domain.usage import Outcome, nano_of
+from headrace.serving.errors import MeterUnavailable
 from headrace.serving.frontend import shared_run
-from headrace.serving.idempotency.claims import Ask, Verdict, unavailable
+from headrace.serving.idempotency.claims import ATTEMPTS_MAX, Ask, Verdict, unavailable
 from headrace.serving.idempotency.sqlite_claims import SqliteClaims
+from headrace.serving.metering.ledger.reader import LedgerReader
 from headrace.serving.testing.clock import LeapingClock
 from headrace.serving.testing.fake_adjuster import FakeAdjuster
 from headrace.serving.testing.platform import MODEL, Platform
@@ -108,6 +116,13 @@ def retry_of(error: grpc.aio.AioRpcError) -> bool:
 def served(platform: Platform) -> list[str]:
     """Ids of the records of requests that ran, the newest first."""
     return [each.request_id for each in platform.records if "#" not in each.request_id]
+
+
+def owed_nano(platform: Platform) -> int:
+    """What the demo tenant owes by this frontend's ledger, corrections included."""
+    with ledgers.local(platform.config) as ledger:
+        (balance,) = LedgerReader(ledger).balances(tenant_id="demo")
+    return nano_of(balance.charge_femto + balance.adjusted_femto)
 
 
 def test_the_same_key_again_gives_the_same_result_without_a_charge(tmp_path: Path) -> None:
@@ -328,6 +343,117 @@ def test_a_retry_after_a_hang_up_is_charged_once(tmp_path: Path) -> None:
     play(tmp_path, story, adjust=adjuster)
 
 
+def test_a_request_id_of_another_paid_request_is_not_given_back(tmp_path: Path) -> None:
+    """A caller chooses its ids: one that names a request it paid for must not get that refunded."""
+    adjuster = FakeAdjuster()
+
+    async def story(platform: Platform) -> None:
+        asked = asking(request_id="paid")
+        await platform.stub.GenerateUnary(asked, metadata=platform.metadata)
+        fleet, place = platform.frontend.fleet, platform.frontend.fleet.place
+        is_placing, may_place = asyncio.Event(), asyncio.Event()
+
+        async def waits_for_room(*args: Any, **options: Any) -> Any:
+            is_placing.set()
+            await may_place.wait()
+            return await place(*args, **options)
+
+        fleet.place = waits_for_room
+        first = Caller(platform, asked)
+        await is_placing.wait()
+        first.call.cancel()
+        idempotency = platform.frontend.jobs.idempotency
+        await idempotency.close()
+        fleet.place = place
+        await Caller(platform, asked).finishes()
+        await idempotency.close()
+        await idempotency.keep_house()
+
+        assert adjuster.applied == {}
+        assert len(served(platform)) == 2
+
+    play(tmp_path, story, adjust=adjuster)
+
+
+def test_a_settlement_that_failed_and_is_found_again_is_given_back(tmp_path: Path) -> None:
+    """The disk said no and kept it all the same; the retry is whole: it alone is charged."""
+
+    async def before(platform: Platform) -> None:
+        meter, metadata = (
+            platform.frontend.books.meter,
+            (*platform.metadata, ("idempotency-key", KEY)),
+        )
+        settle = meter.settle
+
+        async def settles_and_says_no(settlement: Settlement) -> None:
+            await settle(settlement)
+            raise MeterUnavailable("The disk said no.", why="It failed.", fix="Restart.")
+
+        meter.settle = settles_and_says_no
+        with pytest.raises(grpc.aio.AioRpcError):
+            await platform.stub.GenerateUnary(asking(request_id="mine"), metadata=metadata)
+
+    async def after(platform: Platform) -> None:
+        metadata = (*platform.metadata, ("idempotency-key", KEY))
+        answer = await platform.stub.GenerateUnary(asking(request_id="mine"), metadata=metadata)
+        await platform.frontend.jobs.idempotency.close()
+        await platform.frontend.jobs.idempotency.keep_house()
+
+        assert [record.outcome for record in platform.records] == [Outcome.OK, Outcome.OK]
+        assert owed_nano(platform) == answer.charge.nano
+
+    play(tmp_path, before)
+    play(tmp_path, after)
+
+
+def test_refusals_before_anything_ran_use_no_attempt_up(tmp_path: Path) -> None:
+    async def story(platform: Platform) -> None:
+        quota = platform.frontend.quota.quota
+        quota.use([Limit(subject="organisation:demo", metric=Metric.INPUT_TOKENS, limit=1)])
+        for _ in range(ATTEMPTS_MAX + 2):
+            assert reason_of(await refusal_of(Caller(platform))) == "QUOTA_EXCEEDED"
+        quota.use([])
+        await Caller(platform).finishes()
+
+        assert len(served(platform)) == 1
+
+    play(tmp_path, story)
+
+
+def test_a_replay_is_not_for_a_key_that_may_not_ask(tmp_path: Path) -> None:
+    async def story(platform: Platform) -> None:
+        with closing(open_accounts(platform.config)) as accounts:
+            elsewhere = Scope(models=("another",))
+            narrow = accounts.create_key(tenant_id="demo", scope=elsewhere).key
+        await platform.sees_accounts()
+        await Caller(platform).finishes()
+        metadata = (("authorization", f"Bearer {narrow}"), ("idempotency-key", KEY))
+        with pytest.raises(grpc.aio.AioRpcError) as failure:
+            await platform.stub.GenerateUnary(asking(), metadata=metadata)
+
+        assert reason_of(failure.value) == "PERMISSION_DENIED"
+
+    play(tmp_path, story)
+
+
+def test_a_call_with_a_key_is_told_its_limits_too(tmp_path: Path) -> None:
+    async def story(platform: Platform) -> None:
+        limit = Limit(subject="organisation:demo", metric=Metric.REQUESTS, limit=1)
+        platform.frontend.quota.quota.use([limit])
+        first = Caller(platform)
+        await first.finishes()
+        again = Caller(platform)
+        await again.finishes()
+        refused = Caller(platform, key="other")
+        assert reason_of(await refusal_of(refused)) == "QUOTA_EXCEEDED"
+
+        for caller in (first, again, refused):
+            told = dict(iter(await caller.call.initial_metadata()))
+            assert told["x-ratelimit-remaining-requests"] == "0"
+
+    play(tmp_path, story)
+
+
 def test_a_fault_of_ours_is_retried_under_the_same_key(tmp_path: Path) -> None:
     adjuster = FakeAdjuster()
 
@@ -538,10 +664,25 @@ def test_frontends_of_two_machines_share_their_keys_in_postgresql(tmp_path: Path
                 assert (await Caller(here).finishes()).done == done
                 assert served(here) == []
 
+                # One that hangs up there and retries here: who has its record gives it back.
+                replica.engine.hold(after_steps=6)
+                lost = Caller(there, asking(request_id="lost"), key="moves")
+                await lost.reads(4)
+                lost.call.cancel()
+                await there.settled()
+                await there.frontend.jobs.idempotency.close()
+                replica.engine.release()
+                await Caller(here, asking(request_id="lost"), key="moves").finishes()
+                await here.frontend.jobs.idempotency.keep_house()
+                await there.frontend.jobs.idempotency.keep_house()
+                (cancelled, _) = there.records
+                assert owed_nano(there) == done.charge.nano
+                assert cancelled.charge_nano > 0
+
                 await asyncio.to_thread(postgres.stop)
                 error = await refusal_of(Caller(here, key="another"))
                 assert reason_of(error) == "IDEMPOTENCY_UNAVAILABLE"
                 await here.stub.GenerateUnary(asking(), metadata=here.metadata)
-                assert len(served(here)) == 1
+                assert len(served(here)) == 2
 
         play(homes[0], story, overrides=overrides)
