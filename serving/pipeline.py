@@ -82,6 +82,7 @@ class Pipeline:
         run = await self._begin_or_refuse(request, span)
         ending, error = Outcome.FAILED, None
         try:
+            run.start()
             while not run.is_finished:
                 for chunk in await self._next_chunks(run):
                     yield chunk
@@ -109,6 +110,7 @@ class Pipeline:
         ending, error = Outcome.FAILED, None
         chunks: list[Chunk] = []
         try:
+            run.start()
             while not run.is_finished:
                 for chunk in await self._next_chunks(run):
                     self._time(run, chunk)
@@ -208,7 +210,6 @@ class Pipeline:
         except BaseException:
             hold.release()
             raise
-        run.start()
         return run
 
     async def _next_chunks(self, run: Run) -> list[Chunk]:
@@ -341,13 +342,13 @@ class Pipeline:
         return 0
 
     async def _settle_after(self, opened: "asyncio.Future[None]", run: Run, ending: Outcome) -> int:
-        try:
-            await opened
-        except ServingError:
-            run.hold.release()
-            return 0
         if run.span is not None:
             run.span.end(SpanEnd(outcome=ending, usage=Usage()))
+        try:
+            await opened
+        except BaseException:
+            run.hold.release()
+            raise
         return await self._write_settlement(run, ending)
 
     def _keep(self, work: Coroutine[None, None, int]) -> asyncio.Task[int]:
