@@ -388,10 +388,13 @@ class Pipeline:
         )
         try:
             await self._meter.settle(settlement)
-        finally:
-            # Paid even if the log has failed: its successor settles what the disk has, and a budget
-            # that gave the money back would pay for that a second time.
-            run.hold.settle(usage=usage, outcome=ending, charge_femto=charge_femto)
+        except BaseException:
+            # The log's next writer settles what the disk has: the last checkpoint, as recovered,
+            # however this ended. A budget that paid less could be spent twice.
+            recovered_femto = outcomes.charge_femto(request.price, usage, Outcome.RECOVERED)
+            run.hold.settle(usage=usage, outcome=Outcome.RECOVERED, charge_femto=recovered_femto)
+            raise
+        run.hold.settle(usage=usage, outcome=ending, charge_femto=charge_femto)
         run.metrics.settled(ending, usage)
         log.request_settled(
             request_id=request.request_id,

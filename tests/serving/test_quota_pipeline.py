@@ -411,6 +411,24 @@ def test_a_request_that_cannot_be_submitted_is_settled_as_failed(tmp_path: Path)
     play(tmp_path, story, ONE_AT_ONCE)
 
 
+@pytest.mark.parametrize("ends", [is_lost, hangs_up, runs_out_of_time])
+def test_a_budget_pays_what_a_failed_log_may_still_charge(tmp_path: Path, ends):
+    """The checkpoint is durable: whatever we wanted to settle, the next start charges that."""
+
+    async def run() -> None:
+        service = Service(tmp_path, [budget(10**9)])
+        stream = await service.begins(replace(REQUEST, deadline_ms=5_000))
+        service.replica.says(10)
+        await service.calms()
+        service.meter.is_broken = True
+        await ends(service, stream)
+
+        (checkpoint,) = service.meter.checkpoints.values()
+        assert await service.closes() == PRICE.charge_femto(checkpoint) == 6_000 * FEMTO_PER_NANO
+
+    run_virtually(run())
+
+
 class Crowd:
     """Many requests at once, against one budget, in the real pipeline."""
 
