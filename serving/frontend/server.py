@@ -31,7 +31,7 @@ from headrace.serving.channel.directory import DirectoryServer, Watcher
 from headrace.serving.channel.fleet import ReplicaFleet
 from headrace.serving.clock import Clock, SystemClock
 from headrace.serving.config import Config
-from headrace.serving.errors import ConfigRefused, QuotaUnavailable
+from headrace.serving.errors import ConfigRefused
 from headrace.serving.frontend.admin import AdminService
 from headrace.serving.frontend.batch import BatchService
 from headrace.serving.frontend.gate import Gate
@@ -106,8 +106,6 @@ class Frontend:
         self._has_changed = asyncio.Event()
         self._stack = contextlib.AsyncExitStack()
         self._epoch = uuid.uuid4().hex
-        self._has_resolved = False
-        """Former lives' leases are given back."""
         self.accounts: AccountView
         self.books: Books
         self.quota: QuotaParts
@@ -179,24 +177,13 @@ class Frontend:
         )
         self._stack.push_async_callback(self.quota.close)
         await self.quota.open()
-        await self._resolve_leases()
-
-    async def _resolve_leases(self) -> None:
-        """Give back what former lives of this frontend leased of budgets and did not spend.
-
-        Without the authority that waits: what is not given back stays spent, so nothing is lost.
-        """
 
         def spent_of(lease: OpenLease) -> int | None:
             return self.books.spent_femto(
                 epoch=lease.epoch, limit_name=lease.limit_name, period=lease.period
             )
 
-        try:
-            await self.quota.resolve_former_lives(spent_of)
-            self._has_resolved = True
-        except QuotaUnavailable as refusal:
-            log.refused(refusal, during="resolving leases of former lives")
+        await self.quota.begin_to_resolve(spent_of)
 
     async def _open_pipeline(self, token: str, tiers: TierDesk) -> None:
         config, stack = self._config, self._stack
@@ -386,8 +373,6 @@ class Frontend:
                 self.fleet.sweep()
                 self.books.refresh_prices()
                 self.quota.follow()
-                if not self._has_resolved:
-                    await self._resolve_leases()
                 for endpoint in self.fleet.endpoints:
                     self._shelf.expect(endpoint.facts)
                 await self.readiness.publish()
