@@ -48,7 +48,7 @@ from headrace.serving.metering.give_back import Adjust, ChargeReversal
 from headrace.serving.observe import Metrics
 from headrace.serving.observe_quota import QuotaMetrics
 from headrace.serving.pipeline import Pipeline
-from headrace.serving.tracing import tracer
+from headrace.serving.tracing import Tracer, tracer
 from headrace.v1 import admin_pb2, admin_pb2_grpc, batch_pb2_grpc, inference_pb2_grpc
 
 HOUSEKEEPING_S = 1.0
@@ -113,6 +113,7 @@ class Frontend:
         self.fleet: ReplicaFleet
         self.pipeline: Pipeline
         self.readiness: Readiness
+        self._tracer: Tracer
         self._server: grpc.aio.Server
 
     async def start(self) -> Addresses:
@@ -187,6 +188,9 @@ class Frontend:
 
     async def _open_pipeline(self, token: str, tiers: TierDesk) -> None:
         config, stack = self._config, self._stack
+        self._tracer = tracer(config.telemetry, version=self._version)
+        # Closed once nothing runs or settles any more: until then spans end.
+        stack.push_async_callback(asyncio.to_thread, self._tracer.close)
         self.fleet = ReplicaFleet(
             cluster_token=token,
             clock=self._clock,
@@ -211,8 +215,6 @@ class Frontend:
     async def _open_inference(
         self, authenticator: Authenticator, tiers: TierDesk
     ) -> InferenceService:
-        traces = tracer(self._config.telemetry, version=self._version)
-        self._stack.push_async_callback(asyncio.to_thread, traces.close)
         return InferenceService(
             pipeline=self.pipeline,
             quota=self.quota.quota,
@@ -225,7 +227,7 @@ class Frontend:
             gate=self.gate,
             idempotency=await self.jobs.open_calls(self.accounts.pepper.derive),
             metrics=self.metrics,
-            tracer=traces,
+            tracer=self._tracer,
             clock=self._clock,
         )
 
