@@ -52,6 +52,9 @@ from headrace.serving.tracing import Tracer, tracer
 from headrace.v1 import admin_pb2, admin_pb2_grpc, batch_pb2_grpc, inference_pb2_grpc
 
 HOUSEKEEPING_S = 1.0
+CUT_S = 10.0
+"""For answers that were cut off to settle. That takes one write of the meter log; a disk that needs
+longer has failed, and then the next start recovers them."""
 TOKENISER_THREADS = 2
 _ADMIN = admin_pb2.DESCRIPTOR.services_by_name["Admin"].full_name
 ANSWER_BYTES_MAX = 64 << 20
@@ -254,6 +257,13 @@ class Frontend:
         await self._stack.aclose()
         log.stopped(role="frontend")
 
+    async def _wait_cut(self) -> None:
+        try:
+            async with asyncio.timeout(CUT_S):
+                await self.gate.wait_empty()
+        except TimeoutError:
+            log.cut_unfinished(streams_open=self.gate.num_open, waited_s=CUT_S)
+
     def _open_accounts(self) -> tuple[AccountStore, AccountView]:
         """The store, and the view that follows it in a thread until `stop`."""
         accounts = open_accounts(self._config, clock=self._clock)
@@ -344,7 +354,9 @@ class Frontend:
         except RuntimeError as error:
             raise _port_taken("frontend.grpc_port", where) from error
         await server.start()
-        # Answers that outlive the drain are cut off here, and settled as cancelled.
+        # Answers that outlive the drain are cut off here, and settled as cancelled. The server does
+        # not wait for that; what comes after relies on it, the return of what was leased above all.
+        self._stack.push_async_callback(self._wait_cut)
         self._stack.push_async_callback(server.stop, None)
         return f"{settings.host}:{port}"
 
