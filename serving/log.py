@@ -51,6 +51,11 @@ def draining(*, role: str, streams_open: int, drain_s: float) -> None:
     _event(logging.INFO, "draining", role=role, streams_open=streams_open, drain_s=drain_s)
 
 
+def cut_unfinished(*, streams_open: int, waited_s: float) -> None:
+    """Answers that a stop cut off had not settled in time; the next start recovers them."""
+    _event(logging.ERROR, "cut_unfinished", streams_open=streams_open, waited_s=waited_s)
+
+
 def stopped(*, role: str) -> None:
     _event(logging.INFO, "stopped", role=role)
 

@@ -84,6 +84,7 @@ class Pipeline:
         run = await self._begin_or_refuse(request, span)
         ending, error = Outcome.FAILED, None
         try:
+            run.start()
             while not run.is_finished:
                 for chunk in await self._next_chunks(run):
                     yield chunk
@@ -111,6 +112,7 @@ class Pipeline:
         ending, error = Outcome.FAILED, None
         chunks: list[Chunk] = []
         try:
+            run.start()
             while not run.is_finished:
                 for chunk in await self._next_chunks(run):
                     self._time(run, chunk)
@@ -212,7 +214,6 @@ class Pipeline:
         except BaseException:
             hold.release()
             raise
-        run.start()
         return run
 
     async def _next_chunks(self, run: Run) -> list[Chunk]:
@@ -345,13 +346,13 @@ class Pipeline:
         return 0
 
     async def _settle_after(self, opened: "asyncio.Future[None]", run: Run, ending: Outcome) -> int:
-        try:
-            await opened
-        except ServingError:
-            run.hold.release()
-            return 0
         if run.span is not None:
             run.span.end(SpanEnd(outcome=ending, usage=Usage()))
+        try:
+            await opened
+        except BaseException:
+            run.hold.release()
+            raise
         return await self._write_settlement(run, ending)
 
     def _keep(self, work: Coroutine[None, None, int]) -> asyncio.Task[int]:
@@ -391,10 +392,13 @@ class Pipeline:
         )
         try:
             await self._meter.settle(settlement)
-        finally:
-            # Paid even if the log has failed: its successor settles what the disk has, and a budget
-            # that gave the money back would pay for that a second time.
-            run.hold.settle(usage=usage, outcome=ending, charge_femto=charge_femto)
+        except BaseException:
+            # The log's next writer settles what the disk has: the last checkpoint, as recovered,
+            # however this ended. A budget that paid less could be spent twice.
+            recovered_femto = outcomes.charge_femto(request.price, usage, Outcome.RECOVERED)
+            run.hold.settle(usage=usage, outcome=Outcome.RECOVERED, charge_femto=recovered_femto)
+            raise
+        run.hold.settle(usage=usage, outcome=ending, charge_femto=charge_femto)
         run.metrics.settled(ending, usage)
         log.request_settled(
             request_id=request.request_id,

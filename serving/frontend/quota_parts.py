@@ -17,8 +17,19 @@ from headrace.serving.admission.quota_thread import AuthorityThread
 from headrace.serving.channel.quota_service import QuotaService, RemoteAuthority
 from headrace.serving.clock import Clock
 from headrace.serving.config import CONFIG_FILE, Config
-from headrace.serving.errors import QuotaUnavailable, ServingError
+from headrace.serving.errors import (
+    LedgerUnavailable,
+    MeterUnavailable,
+    QuotaUnavailable,
+    ServingError,
+)
 from headrace.serving.observe_quota import QuotaMetrics
+
+SpentOf = Callable[[OpenLease], int | None]
+
+RESOLVE_RETRY_S = 5.0
+"""Until former lives' leases are tried again. Nothing is lost meanwhile: they stay spent."""
+_RESOLVING = "resolving leases of former lives"
 
 
 class QuotaParts:
@@ -37,6 +48,7 @@ class QuotaParts:
         self._config = config
         self._epoch = epoch
         self._following: asyncio.Task[None] | None = None
+        self._resolving: asyncio.Task[None] | None = None
         self._local: AuthorityThread | None = None
         self._remote: RemoteAuthority | None = None
         self.service: QuotaService | None = None
@@ -81,21 +93,27 @@ class QuotaParts:
             await self._follow_authority()
         self.leases.start()
 
-    async def resolve_former_lives(self, spent_of: Callable[[OpenLease], int | None]) -> int:
+    async def begin_to_resolve(self, spent_of: SpentOf) -> None:
+        """Resolve former lives, now if authority and books answer; else until `close`, again."""
+        if not await self._has_resolved(spent_of):
+            self._resolving = asyncio.get_running_loop().create_task(self._resolve_later(spent_of))
+
+    async def resolve_former_lives(self, spent_of: SpentOf) -> int:
         """Give back what former lives of this frontend leased and did not spend; how many leases.
 
         To be called once their meter log is settled. `spent_of` answers from it what requests of
         that limit, period and epoch were charged, in femto-currency; None where it cannot say:
-        then all of the lease stays spent.
+        then all of the lease stays spent. It may block: it is called off the event loop.
 
         Raises:
             QuotaUnavailable: the authority does not answer; nothing is lost by a later try.
+            Exception: whatever `spent_of` raises; likewise.
         """
         authority = self._local or self._remote
         assert authority is not None
         resolved = 0
         for lease in await authority.open_leases(self._config.quota.holder, epoch=self._epoch):
-            spent = spent_of(lease)
+            spent = await asyncio.to_thread(spent_of, lease)
             if spent is not None:
                 # A request that outlived its period is charged to the one that began it.
                 within = min(max(spent, lease.spent), max(lease.granted, lease.spent))
@@ -111,9 +129,9 @@ class QuotaParts:
 
     async def close(self) -> None:
         """Return what is leased. Call when no request runs any more."""
-        if self._following is not None:
-            self._following.cancel()
-            await asyncio.gather(self._following, return_exceptions=True)
+        for task in filter(None, (self._following, self._resolving)):
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
         await self.leases.close()
         if self._local is not None:
             await self._local.close()
@@ -135,6 +153,24 @@ class QuotaParts:
             log.refused(error, during="reading limits")
         except Exception as error:  # The task's root: a defect must not end the rounds.
             log.crashed(during="reading limits", error=error)
+
+    async def _has_resolved(self, spent_of: SpentOf) -> bool:
+        try:
+            await self.resolve_former_lives(spent_of)
+        except (QuotaUnavailable, LedgerUnavailable, MeterUnavailable) as refusal:
+            log.refused(refusal, during=_RESOLVING)
+            return False
+        return True
+
+    async def _resolve_later(self, spent_of: SpentOf) -> None:
+        """Apart from all other rounds, since each try may wait for the authority's deadline."""
+        has_resolved = False
+        while not has_resolved:
+            await asyncio.sleep(RESOLVE_RETRY_S)
+            try:
+                has_resolved = await self._has_resolved(spent_of)
+            except Exception as error:  # The task's root: a defect must not end the rounds.
+                log.crashed(during=_RESOLVING, error=error)
 
     async def _follow_authority(self) -> None:
         """Take over the authority's limits; the last known ones hold while it is away.

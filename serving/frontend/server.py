@@ -30,7 +30,6 @@ from headrace.serving.channel.directory import DirectoryServer, Watcher
 from headrace.serving.channel.fleet import ReplicaFleet
 from headrace.serving.clock import Clock, SystemClock
 from headrace.serving.config import Config
-from headrace.serving.errors import QuotaUnavailable
 from headrace.serving.frontend.admin import AdminService
 from headrace.serving.frontend.batch import BatchService
 from headrace.serving.frontend.billing import BillingService
@@ -49,7 +48,7 @@ from headrace.serving.metering.give_back import Adjust, ChargeReversal
 from headrace.serving.observe import Metrics
 from headrace.serving.observe_quota import QuotaMetrics
 from headrace.serving.pipeline import Pipeline
-from headrace.serving.tracing import tracer
+from headrace.serving.tracing import Tracer, tracer
 from headrace.v1 import (
     admin_pb2,
     admin_pb2_grpc,
@@ -60,6 +59,9 @@ from headrace.v1 import (
 )
 
 HOUSEKEEPING_S = 1.0
+CUT_S = 10.0
+"""For answers that were cut off to settle. That takes one write of the meter log; a disk that needs
+longer has failed, and then the next start recovers them."""
 TOKENISER_THREADS = 2
 _OF_OPERATORS = (
     admin_pb2.DESCRIPTOR.services_by_name["Admin"].full_name,
@@ -117,8 +119,6 @@ class Frontend:
         self._has_changed = asyncio.Event()
         self._stack = contextlib.AsyncExitStack()
         self._epoch = uuid.uuid4().hex
-        self._has_resolved = False
-        """Former lives' leases are given back."""
         self.accounts: AccountView
         self.books: Books
         self.quota: QuotaParts
@@ -126,6 +126,7 @@ class Frontend:
         self.fleet: ReplicaFleet
         self.pipeline: Pipeline
         self.readiness: Readiness
+        self._tracer: Tracer
         self._server: grpc.aio.Server
 
     async def start(self) -> Addresses:
@@ -191,27 +192,19 @@ class Frontend:
         )
         self._stack.push_async_callback(self.quota.close)
         await self.quota.open()
-        await self._resolve_leases()
-
-    async def _resolve_leases(self) -> None:
-        """Give back what former lives of this frontend leased of budgets and did not spend.
-
-        Without the authority that waits: what is not given back stays spent, so nothing is lost.
-        """
 
         def spent_of(lease: OpenLease) -> int | None:
             return self.books.spent_femto(
                 epoch=lease.epoch, limit_name=lease.limit_name, period=lease.period
             )
 
-        try:
-            await self.quota.resolve_former_lives(spent_of)
-            self._has_resolved = True
-        except QuotaUnavailable as refusal:
-            log.refused(refusal, during="resolving leases of former lives")
+        await self.quota.begin_to_resolve(spent_of)
 
     async def _open_pipeline(self, token: str, tiers: TierDesk) -> None:
         config, stack = self._config, self._stack
+        self._tracer = tracer(config.telemetry, version=self._version)
+        # Closed once nothing runs or settles any more: until then spans end.
+        stack.push_async_callback(asyncio.to_thread, self._tracer.close)
         self.fleet = ReplicaFleet(
             cluster_token=token,
             clock=self._clock,
@@ -242,8 +235,6 @@ class Frontend:
     async def _open_inference(
         self, authenticator: Authenticator, tiers: TierDesk
     ) -> InferenceService:
-        traces = tracer(self._config.telemetry, version=self._version)
-        self._stack.push_async_callback(asyncio.to_thread, traces.close)
         return InferenceService(
             pipeline=self.pipeline,
             quota=self.quota.quota,
@@ -256,7 +247,7 @@ class Frontend:
             gate=self.gate,
             idempotency=await self.jobs.open_calls(self.accounts.pepper.derive),
             metrics=self.metrics,
-            tracer=traces,
+            tracer=self._tracer,
             clock=self._clock,
         )
 
@@ -282,6 +273,13 @@ class Frontend:
         self.gate.is_draining = True
         await self._stack.aclose()
         log.stopped(role="frontend")
+
+    async def _wait_cut(self) -> None:
+        try:
+            async with asyncio.timeout(CUT_S):
+                await self.gate.wait_empty()
+        except TimeoutError:
+            log.cut_unfinished(streams_open=self.gate.num_open, waited_s=CUT_S)
 
     def _open_accounts(self) -> tuple[AccountStore, AccountView]:
         """The store, and the view that follows it in a thread until `stop`."""
@@ -379,7 +377,9 @@ class Frontend:
         except RuntimeError as error:
             raise port_taken("frontend.grpc_port", where) from error
         await server.start()
-        # Answers that outlive the drain are cut off here, and settled as cancelled.
+        # Answers that outlive the drain are cut off here, and settled as cancelled. The server does
+        # not wait for that; what comes after relies on it, the return of what was leased above all.
+        self._stack.push_async_callback(self._wait_cut)
         self._stack.push_async_callback(server.stop, None)
         return f"{settings.host}:{port}"
 
@@ -410,8 +410,6 @@ class Frontend:
                 self.fleet.sweep()
                 self.books.refresh_prices()
                 self.quota.follow()
-                if not self._has_resolved:
-                    await self._resolve_leases()
                 for endpoint in self.fleet.endpoints:
                     self._shelf.expect(endpoint.facts)
                 await self.readiness.publish()

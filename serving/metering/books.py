@@ -169,7 +169,9 @@ class Books:
 
     def close(self) -> None:
         """Write what is queued, then stop. Blocks; idempotent. Ledgers that lag catch up later."""
-        self._stack.close()
+        # A look-up whose caller is gone goes on in its thread until its end.
+        with self._finding:
+            self._stack.close()
 
     def _reader(self, config: Config) -> LogReader:
         return LogReader(config.meterlog_dir, durable_seq=lambda: self.meter.durable_seq)

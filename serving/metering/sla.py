@@ -218,7 +218,7 @@ def statement(
     for record in records:
         is_mine = record.tenant_id == tenant_id and record.accepted_unix_ms in month
         if is_mine and record.outcome is not Outcome.OPEN:
-            receipt = record.receipt or _presumed(record.outcome)
+            receipt = record.receipt or _presumed(record)
             tier = receipt.tier_served
             tally = tallies[record.model, tier, record.currency]
             tally.add(record, receipt, objective_of(record.model, tier))
@@ -231,15 +231,16 @@ def statement(
     return Statement(tenant_id=tenant_id, month=month, lines=lines)
 
 
-def _presumed(outcome: Outcome) -> Receipt:
-    """The receipt of a request whose frontend died before it could write one, or that has none."""
-    if outcome in _OURS:
+def _presumed(record: UsageRecord) -> Receipt:
+    """The receipt of a request whose frontend died before it could write one, or that has none.
+
+    Whether it spilled died with the frontend: it counts under the tier that it asked for.
+    """
+    if record.outcome in _OURS:
         verdict, missed = Verdict.MISSED, (AVAILABILITY,)
     else:
         verdict, missed = Verdict.EXCLUDED, ()
-    return Receipt(
-        tier_asked=Tier.STANDARD, tier_served=Tier.STANDARD, verdict=verdict, missed=missed
-    )
+    return Receipt(tier_asked=record.tier, tier_served=record.tier, verdict=verdict, missed=missed)
 
 
 def _line(

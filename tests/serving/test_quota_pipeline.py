@@ -365,6 +365,70 @@ def test_a_place_is_free_again_when_the_request_never_began(tmp_path: Path):
     play(tmp_path, story, ONE_AT_ONCE)
 
 
+def test_an_opening_that_breaks_behind_a_caller_who_left_frees_its_place(tmp_path: Path):
+    """Whatever it breaks with: nobody else is left to give back what it held."""
+
+    async def story(service: Service) -> None:
+        opening, may_break = service.meter.open, asyncio.Event()
+
+        async def breaks(*_: object) -> None:
+            await may_break.wait()
+            raise OSError("not one of ours")
+
+        service.meter.open = breaks
+        stream = asyncio.create_task(service.streams())
+        await service.calms()
+        stream.cancel()
+        await service.calms()
+        may_break.set()
+        await service.pipeline.wait_settled()
+        service.meter.open = opening
+
+        assert not (await service.begins(replace(REQUEST, request_id="r2"))).done()
+
+    play(tmp_path, story, ONE_AT_ONCE)
+
+
+def test_a_request_that_cannot_be_submitted_is_settled_as_failed(tmp_path: Path):
+    """Its record is open by then: it is closed, its place is free, and it costs nothing."""
+
+    async def story(service: Service) -> None:
+        submitting = service.replica.submit
+
+        def breaks(*_: object, **__: object) -> int:
+            raise OSError("not one of ours")
+
+        service.replica.submit = breaks
+        for request_id, asks in (("r1", service.streams), ("r2", service.pipeline.answer)):
+            with pytest.raises(OSError, match="not one of ours"):
+                await asks(replace(REQUEST, request_id=request_id))
+            record = service.meter.of(request_id)
+            assert (record.outcome, record.charge_femto) == (Outcome.FAILED, 0)
+        service.replica.submit = submitting
+
+        assert not (await service.begins(replace(REQUEST, request_id="r3"))).done()
+
+    play(tmp_path, story, ONE_AT_ONCE)
+
+
+@pytest.mark.parametrize("ends", [is_lost, hangs_up, runs_out_of_time])
+def test_a_budget_pays_what_a_failed_log_may_still_charge(tmp_path: Path, ends):
+    """The checkpoint is durable: whatever we wanted to settle, the next start charges that."""
+
+    async def run() -> None:
+        service = Service(tmp_path, [budget(10**9)])
+        stream = await service.begins(replace(REQUEST, deadline_ms=5_000))
+        service.replica.says(10)
+        await service.calms()
+        service.meter.is_broken = True
+        await ends(service, stream)
+
+        (checkpoint,) = service.meter.checkpoints.values()
+        assert await service.closes() == PRICE.charge_femto(checkpoint) == 6_000 * FEMTO_PER_NANO
+
+    run_virtually(run())
+
+
 class Crowd:
     """Many requests at once, against one budget, in the real pipeline."""
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import threading
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -20,7 +21,10 @@ from headrace.serving.channel.quota_service import RemoteAuthority
 from headrace.serving.clock import SystemClock
 from headrace.serving.domain.limit import Limit, Metric
 from headrace.serving.domain.usage import Outcome
+from headrace.serving.errors import LedgerUnavailable
+from headrace.serving.frontend import quota_parts
 from headrace.serving.frontend.status import DETAILS_KEY
+from headrace.serving.metering.books import Books
 from headrace.serving.testing.platform import MODEL, Platform
 from headrace.v1 import inference_pb2 as pb
 
@@ -203,6 +207,47 @@ def test_a_killed_frontends_slice_is_given_back_when_its_meter_log_was_read(tmp_
         assert await platform.frontend.quota.resolve_former_lives(lambda _: 0) == 0
 
     play(tmp_path, dies, budget)
+    play(tmp_path, succeeds, budget)
+
+
+def test_a_slice_comes_back_off_the_loop_and_later_when_the_books_cannot_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A busy ledger delays neither the start nor the rounds that readiness depends on."""
+    budget = {"subject": DEMO, "metric": "budget_nano_total", "limit": 10_000, "hard": True}
+    monkeypatch.setattr(quota_parts, "RESOLVE_RETRY_S", 0.01)
+    reading, num_refused, num_read = Books.spent_femto, 0, 0
+
+    def busy_twice(books: Books, **which: str) -> int | None:
+        nonlocal num_refused, num_read
+        assert threading.current_thread() is not threading.main_thread(), "it blocks the loop"
+        if num_refused < 2:
+            num_refused += 1
+            raise LedgerUnavailable("The ledger is busy.", why="A backup holds it.", fix="Wait.")
+        num_read += 1
+        return reading(books, **which)
+
+    async def dies(platform: Platform) -> None:
+        await platform.stub.GenerateUnary(asking(), metadata=platform.metadata)
+        leases = platform.frontend.quota.leases
+
+        async def says_nothing() -> None:
+            assert leases._task is not None
+            leases._task.cancel()
+
+        leases.close = says_nothing
+
+    async def succeeds(platform: Platform) -> None:
+        resolving = platform.frontend.quota._resolving
+        assert resolving is not None
+        await resolving
+
+        (standing,) = await standings(platform)
+        assert (standing.spent, standing.held) == (1_150 * 10**6, 0)
+        assert (num_refused, num_read) == (2, 1)
+
+    play(tmp_path, dies, budget)
+    monkeypatch.setattr(Books, "spent_femto", busy_twice)
     play(tmp_path, succeeds, budget)
 
 

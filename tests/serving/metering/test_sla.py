@@ -60,6 +60,7 @@ def request(
         settled_unix_ms=None,
         replicas_tried=1,
         charge_femto=charge_femto,
+        tier=tier,
         receipt=receipt if has_receipt else None,
     )
 
@@ -198,11 +199,16 @@ def test_others_other_months_and_open_requests_are_left_out() -> None:
     assert [line.requests for line in made.lines] == [1]
 
 
-def test_a_request_whose_frontend_died_counts_against_us_without_a_receipt() -> None:
-    recovered = request(1, outcome=Outcome.RECOVERED, has_receipt=False)
+@pytest.mark.parametrize("tier", Tier)
+@pytest.mark.parametrize("outcome", [Outcome.RECOVERED, Outcome.EXPIRED])
+def test_a_request_whose_frontend_died_counts_against_us_in_the_tier_it_asked_for(
+    tier: Tier, outcome: Outcome
+) -> None:
+    died = request(1, tier=tier, outcome=outcome, has_receipt=False)
 
-    line = only_line(request(0, tier=Tier.STANDARD), recovered)
+    line = only_line(request(0, tier=tier), died)
 
+    assert line.tier is tier
     assert attained(line)["availability"] == (0, 1, 0)
 
 
