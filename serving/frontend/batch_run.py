@@ -9,6 +9,7 @@ one result, whatever dies in between.
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from itertools import islice
 from typing import Protocol, TypeVar
 
@@ -26,13 +27,10 @@ from headrace.serving.domain.record import Caller
 from headrace.serving.domain.tier import Tier
 from headrace.serving.errors import (
     AlreadyServed,
-    BudgetExhausted,
+    Code,
     DeadlineExceeded,
-    Draining,
     EngineFault,
     LimitExceeded,
-    MeterUnavailable,
-    Overloaded,
     ServingError,
 )
 from headrace.serving.frontend import batch_results, convert
@@ -54,9 +52,6 @@ BEGIN_AHEAD = 256
 BACKOFF_MS_MAX = 30_000
 FAULTS_MAX = 3
 """Times a line may lose all its replicas; then it is likely the cause."""
-
-_LATER = (Overloaded, Draining, MeterUnavailable, LimitExceeded)
-"""What waiting helps against."""
 
 T = TypeVar("T")
 
@@ -93,6 +88,16 @@ class _Window(Exception):
     """The batch's time was over under a line."""
 
 
+@dataclass(slots=True, eq=False)
+class _Line:
+    """A line that was started and has no result yet."""
+
+    number: int
+    content: batch_pb2.BatchLine
+    place: int | None
+    """In the room; None while it waits for better times."""
+
+
 class BatchRun:
     """Runs one leased batch. `run` is one task; the rest belongs to its event loop."""
 
@@ -124,6 +129,11 @@ class BatchRun:
         self._can_write = asyncio.Event()
         self._can_write.set()
         self._lines: set[asyncio.Task[None]] = set()
+        self._entering = asyncio.Lock()
+        """One line after the other looks for room: in the order in which they came."""
+        self._num_waiting = 0
+        self._none_waits = asyncio.Event()
+        self._none_waits.set()
         self._not_before_ms = 0.0
         self._backoff_ms = 0.0
 
@@ -179,7 +189,11 @@ class BatchRun:
                     await self._news.wait()
 
     async def _feed(self) -> None:
-        """Start every line that has no result, as there is room for it."""
+        """Start every line that has no result, as there is room for it.
+
+        None is started while one that was waits for better times. So no more wait than had places
+        at once, and one.
+        """
         try:
             async for number, line in self._requests():
                 if number > self._begun:
@@ -188,11 +202,12 @@ class BatchRun:
                         lambda: self._store.begin(self.batch.batch_id, up_to=self._begun)
                     )
                 await self._can_write.wait()
-                await self._hold_back()
-                place = await self._room.enter(line.request.model)
-                task = asyncio.get_running_loop().create_task(self._run_line(number, line))
+                await self._none_waits.wait()
+                place = await self._enter(line.request.model)
+                started = _Line(number, line, place)
+                task = asyncio.get_running_loop().create_task(self._run_line(started))
                 self._lines.add(task)
-                task.add_done_callback(lambda task, place=place: self._left(task, place))
+                task.add_done_callback(lambda task, started=started: self._left(task, started))
         finally:
             self._news.set()
 
@@ -204,9 +219,9 @@ class BatchRun:
                 log.refused(error, during="running a batch")
                 await asyncio.sleep(RENEW_S)
 
-    def _left(self, task: "asyncio.Task[None]", place: int) -> None:
+    def _left(self, task: "asyncio.Task[None]", line: _Line) -> None:
         self._lines.discard(task)
-        self._room.leave(place)
+        self._leave(line)
         self._news.set()
         if not task.cancelled():
             assert task.exception() is None, "a line's defects become its result"
@@ -230,9 +245,10 @@ class BatchRun:
             for number, payload in group:
                 yield number, batch_pb2.BatchLine.FromString(payload)
 
-    async def _run_line(self, number: int, line: batch_pb2.BatchLine) -> None:
+    async def _run_line(self, started: _Line) -> None:
+        number, line = started.number, started.content
         try:
-            result = await self._result_of(number, line)
+            result = await self._result_of(started)
         except _Window:
             return  # `_fill_up` says so of every line that has no result.
         except Exception as defect:  # The task's root: the others go on, and this one is free.
@@ -242,7 +258,8 @@ class BatchRun:
         self._results.append(result)
         self._news.set()
 
-    async def _result_of(self, number: int, line: batch_pb2.BatchLine) -> LineResult:
+    async def _result_of(self, started: _Line) -> LineResult:
+        number, line = started.number, started.content
         attempt, faults = 1, 0
         while True:
             request_id = request_id_of(self.batch.batch_id, line=number, attempt=attempt)
@@ -263,7 +280,7 @@ class BatchRun:
                     return self._ended(number, line, LineStatus.FAILED, error)
                 if not isinstance(refusal, AlreadyServed):
                     self._back_off(refusal)
-                    await self._hold_back()
+                    await self._wait_outside(started)
             else:
                 self._backoff_ms = 0
                 return batch_results.succeeded(number, line.custom_id, response, settled)
@@ -281,6 +298,28 @@ class BatchRun:
         )
         chunks, settled = await self._pipeline.answer(accepted)
         return convert.response_to_wire(request_id, accepted.n, chunks, settled), settled
+
+    async def _wait_outside(self, line: _Line) -> None:
+        """Leave the place to other batches' lines until it is worth another try."""
+        self._leave(line)
+        self._num_waiting += 1
+        self._none_waits.clear()
+        try:
+            line.place = await self._enter(line.content.request.model)
+        finally:
+            self._num_waiting -= 1
+            if not self._num_waiting:
+                self._none_waits.set()
+
+    async def _enter(self, model: str) -> int:
+        async with self._entering:
+            await self._hold_back()
+            return await self._room.enter(model)
+
+    def _leave(self, line: _Line) -> None:
+        if line.place is not None:
+            self._room.leave(line.place)
+            line.place = None
 
     async def _hold_back(self) -> None:
         while (wait_ms := self._not_before_ms - self._clock.monotonic_ms()) > 0:  # noqa: ASYNC110
@@ -369,10 +408,14 @@ class BatchRun:
 
 
 def _may_help(refusal: ServingError) -> bool:
-    """Whether the line may succeed if it is tried again."""
-    if isinstance(refusal, BudgetExhausted):
-        return False
-    return isinstance(refusal, (AlreadyServed, EngineFault, *_LATER))
+    """Whether the line may succeed if it is tried again.
+
+    What is away comes back. A limit says when to come again; a line that it can never fit into, or
+    whose budget is spent, is told no time.
+    """
+    if isinstance(refusal, LimitExceeded):
+        return refusal.retry_after_ms is not None
+    return isinstance(refusal, AlreadyServed | EngineFault) or refusal.code is Code.UNAVAILABLE
 
 
 def _expired() -> ServingError:

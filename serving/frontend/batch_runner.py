@@ -75,7 +75,8 @@ class BatchRunner:
         """Grows when results of a batch became durable, or one entered another state."""
         self._is_empty = asyncio.Event()
         self._is_empty.set()
-        self._is_draining = False
+        self.is_draining = False
+        """Once it is set no further line starts."""
         self._looking: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -87,14 +88,13 @@ class BatchRunner:
             running[0].notice()
         self._changed.set()
 
-    async def drain(self) -> None:
-        """Start no further line, and wait for those that run."""
-        self._is_draining = True
+    async def wait_empty(self) -> None:
+        """Wait until no line runs; those that wait for room, or for better times, do not count."""
         await self._is_empty.wait()
 
     async def stop(self) -> None:
         """Stop what runs, uncharged, and leave the batches to whoever comes next. Idempotent."""
-        self._is_draining = True
+        self.is_draining = True
         tasks = [task for _, task in self._runs.values()]
         tasks += [self._looking] if self._looking else []
         for task in tasks:
@@ -110,7 +110,7 @@ class BatchRunner:
     async def enter(self, model: str) -> int:
         """See `Room`."""
         # Room comes with what a replica says of its load, which it says with every step.
-        while self._is_draining or not self._has_room(model):  # noqa: ASYNC110
+        while self.is_draining or not self._has_room(model):  # noqa: ASYNC110
             await asyncio.sleep(ROOM_S)
         self._next_place += 1
         self._places[self._next_place] = (model, self._clock.monotonic_ms())
@@ -152,7 +152,7 @@ class BatchRunner:
                     await self._changed.wait()
 
     async def _take(self) -> None:
-        while len(self._runs) < RUNS_MAX and not self._is_draining:
+        while len(self._runs) < RUNS_MAX and not self.is_draining:
             lease = await asyncio.to_thread(
                 self._store.lease, now_unix_ms=self._clock.unix_ms(), without=list(self._runs)
             )

@@ -252,17 +252,22 @@ class Frontend:
         )
 
     async def drain(self, grace_s: float) -> bool:
-        """Refuse new calls and let the open answers finish, for at most `grace_s`.
+        """Refuse new calls, start no line of a batch, and let finish what is open.
+
+        Args:
+            grace_s: the longest that it may take.
 
         Returns:
-            False when answers were still open then; `stop` ends them.
+            False when answers or lines were still open then; `stop` ends them.
         """
         self.gate.is_draining = True
+        self.jobs.batches.is_draining = True
         log.draining(role="frontend", streams_open=self.gate.num_open, drain_s=grace_s)
         await self.readiness.publish()
         try:
             async with asyncio.timeout(grace_s):
                 await self.gate.wait_empty()
+                await self.jobs.batches.wait_empty()
                 await self.pipeline.wait_settled()
         except TimeoutError:
             return False

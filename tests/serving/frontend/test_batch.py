@@ -15,8 +15,15 @@ import pytest
 from google.rpc.error_details_pb2 import BadRequest
 from google.rpc.status_pb2 import Status
 
+from headrace.serving.domain.limit import Metric
 from headrace.serving.domain.usage import Outcome
-from headrace.serving.errors import Overloaded
+from headrace.serving.errors import (
+    AccountsUnavailable,
+    LedgerUnavailable,
+    Overloaded,
+    QuotaUnavailable,
+    ServingError,
+)
 from headrace.serving.frontend import batch_results
 from headrace.serving.frontend.status import DETAILS_KEY
 from headrace.serving.jobs import batch_files
@@ -441,6 +448,135 @@ def test_a_batch_that_is_refused_for_now_waits_as_long_as_it_is_told(tmp_path: P
     play(tmp_path, story)
 
 
+@pytest.mark.parametrize("away", [QuotaUnavailable, AccountsUnavailable, LedgerUnavailable])
+def test_lines_outlast_what_is_away(tmp_path: Path, away: type[ServingError]) -> None:
+    async def story(platform: Platform) -> None:
+        customer = Customer(platform)
+        refused = _refusing(platform, away, times=6)
+        batch = await customer.submits([line(n) for n in range(20)])
+        ended = await customer.waits(batch.batch_id)
+
+        assert len(refused) == 6
+        assert (ended.counts.succeeded, ended.counts.failed) == (20, 0)
+
+    play(tmp_path, story)
+
+
+def test_no_new_line_starts_while_one_waits(tmp_path: Path) -> None:
+    """So that the lines in memory stay as few as may run at once, and one."""
+
+    async def story(platform: Platform) -> None:
+        customer = Customer(platform)
+        refused = _refusing(platform, Overloaded, times=9)
+        batch = await customer.submits([line(n) for n in range(20)])
+        ended = await customer.waits(batch.batch_id)
+
+        assert len(refused) == 9
+        assert len(set(refused)) <= 3 + 1
+        assert ended.counts.succeeded == 20
+
+    play(tmp_path, story, overrides={"batch.lines_running_max": 3})
+
+
+def _refusing(platform: Platform, error: type[ServingError], *, times: int) -> list[str]:
+    """Refuse the first lines that are tried, briefly; their request ids."""
+    runner = platform.frontend.jobs.batches
+    real, refused = runner._prepare, []
+
+    async def prepare(*args: Any, request_id: str, **options: Any) -> Any:
+        if len(refused) < times:
+            refused.append(request_id)
+            raise error("Not now.", why="It is away.", fix="Wait.", retry_after_ms=1)
+        return await real(*args, request_id=request_id, **options)
+
+    runner._prepare = prepare
+    return refused
+
+
+@pytest.mark.parametrize(
+    ("metric", "options", "reason"),
+    [
+        (Metric.INPUT_TOKENS, {}, "QUOTA_EXCEEDED"),
+        (Metric.KV_TOKENS, {}, "CONCURRENCY_EXCEEDED"),
+        (Metric.BUDGET_TOTAL, {"hard": True}, "BUDGET_EXHAUSTED"),
+    ],
+)
+def test_a_line_that_never_fits_a_limit_fails_at_once(
+    tmp_path: Path, metric: Metric, options: dict[str, object], reason: str
+) -> None:
+    async def story(platform: Platform) -> None:
+        customer = Customer(platform)
+        batch = await customer.submits([line(n) for n in range(3)])
+        ended = await customer.waits(batch.batch_id)
+        results = await customer.results(batch.batch_id)
+
+        assert (ended.state, ended.counts.failed) == (pb.BATCH_STATE_COMPLETED, 3)
+        assert {each["error"]["reason"] for each in results} == {reason}
+
+    limit = {"subject": "organisation:demo", "metric": metric, "limit": 1} | options
+    play(tmp_path, story, overrides={"limits": [limit]})
+
+
+def test_lines_that_wait_for_their_limit_keep_nobody_waiting(tmp_path: Path) -> None:
+    """There is one place, and the first tenant has used up its minute."""
+    other_key = key_of(tmp_path, "globex")
+
+    async def story(platform: Platform) -> None:
+        slow, other = Customer(platform), Customer(platform, other_key)
+        first = await slow.submits([line(n) for n in range(5)])
+        await slow.waits(first.batch_id, _has_done(1))
+        async with asyncio.timeout(10):
+            second = await other.submits([line(n) for n in range(5)])
+            ended = await other.waits(second.batch_id)
+
+        assert ended.counts.succeeded == 5
+        assert (await slow.looks(first.batch_id)).counts.succeeded == 1
+        assert (await slow.looks(first.batch_id)).state == pb.BATCH_STATE_RUNNING
+
+    limit = {"subject": "organisation:demo", "metric": "requests_per_min", "limit": 1}
+    play(tmp_path, story, overrides={"limits": [limit], "batch.lines_running_max": 1})
+
+
+def test_a_draining_frontend_finishes_its_lines_and_starts_none(tmp_path: Path) -> None:
+    async def story(platform: Platform) -> None:
+        customer = Customer(platform)
+        (replica,), runner = platform.replicas, platform.frontend.jobs.batches
+        enter, entered = runner.enter, []
+
+        async def noted(model: str) -> int:
+            entered.append(place := await enter(model))
+            return place
+
+        runner.enter = noted
+        replica.engine.hold(after_steps=6)
+        await customer.submits([line(n, max_tokens=20) for n in range(100)])
+        await asyncio.to_thread(replica.engine.wait_until_held)
+        draining = asyncio.create_task(platform.frontend.drain(30))
+        await asyncio.sleep(0)
+        num_before = len(entered)
+        replica.engine.release()
+
+        assert await draining
+        await platform.frontend.stop()
+        assert len(entered) == num_before > 0
+        assert [each.outcome for each in platform.records] == [Outcome.OK] * num_before
+
+    play(tmp_path, story)
+
+
+def test_a_drain_does_not_wait_for_a_line_that_outlasts_it(tmp_path: Path) -> None:
+    async def story(platform: Platform) -> None:
+        customer = Customer(platform)
+        (replica,) = platform.replicas
+        replica.engine.hold(after_steps=6)
+        await customer.submits([line(1, max_tokens=20)])
+        await asyncio.to_thread(replica.engine.wait_until_held)
+
+        assert not await platform.frontend.drain(0)
+
+    play(tmp_path, story)
+
+
 def test_a_callers_own_request_cannot_pass_for_a_line(tmp_path: Path) -> None:
     """Its charge would be given back when the line comes to run."""
 
@@ -521,7 +657,7 @@ def test_a_line_whose_result_was_lost_runs_again_and_is_charged_once(
         customer = Customer(platform)
         batches.append((await customer.submits([line(n) for n in range(1, 6)])).batch_id)
         assert await asyncio.to_thread(has_settled.wait, 30)
-        await platform.frontend.jobs.batches.drain()
+        assert await platform.frontend.drain(30)
 
     async def after(platform: Platform) -> None:
         customer = Customer(platform)
