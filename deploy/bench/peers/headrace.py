@@ -106,11 +106,11 @@ class Headrace:
     async def _serve(self, precision: Precision) -> AsyncIterator[HeadraceEntrant]:
         with tempfile.TemporaryDirectory(prefix="headrace-bench-") as folder:
             config = bench_config(Path(folder), self._home, self._model, precision)
+            key = demo_key(config)  # Before the frontend reads the keys.
             supervisor = Supervisor(config, report=lambda _: None, assignments=())
             try:
                 await supervisor.start(frontend=True, control=True)
                 await supervisor.until_serving(READY_S_MAX)
-                key = demo_key(config)
                 assert supervisor.addresses is not None
                 async with inference_stub(supervisor.addresses.grpc) as stub:
                     yield HeadraceEntrant(supervisor, stub, self._model, key)
