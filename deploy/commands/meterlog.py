@@ -1,4 +1,4 @@
-"""`headrace meterlog`: proves that the log of usage is whole, and prints what it holds."""
+"""`headrace meterlog`: proves that the log of usage is whole, prints it, makes ledgers from it."""
 
 import argparse
 import json
@@ -9,9 +9,12 @@ from typing import Any
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 
+from headrace.deploy import ledgers
 from headrace.deploy.tables import show_table
 from headrace.serving.config import Config
 from headrace.serving.errors import InvalidRequest, MeterLogDamaged
+from headrace.serving.metering.ledger.ledger import Ledger
+from headrace.serving.metering.ledger.replay import open_database, replay
 from headrace.serving.metering.meterlog.reader import Logged, LogReader
 from headrace.serving.metering.meterlog.verify import Verified, verify
 
@@ -23,7 +26,7 @@ OPEN_SHOWN_MAX = 20
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = subparsers.add_parser(
         "meterlog",
-        help="verify and print the log that usage is charged by",
+        help="verify, print and replay the log that usage is charged by",
         description="The meter log in <home>/meterlog. May be read beside a running frontend.",
     )
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
@@ -43,7 +46,20 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     )
     dump.add_argument("--after", type=int, default=0, metavar="SEQ", help="only what follows it")
     dump.set_defaults(run=_dump)
-    for action in (proof, dump):
+    again = actions.add_parser(
+        "replay",
+        help="make a ledger again from the logs",
+        description="Fill a new ledger from the first record of every log. Invoices are in no log "
+        "and are taken from the ledger in use. May be stopped and begun again.",
+    )
+    again.add_argument(
+        "--into", required=True, metavar="TARGET", help="a file, or postgres://user@host/database"
+    )
+    again.add_argument(
+        "--logs", type=Path, nargs="+", default=[], metavar="FOLDER", help="default: the home's"
+    )
+    again.set_defaults(run=_replay)
+    for action in (proof, dump, again):
         action.add_argument("--home", type=Path, help="state folder (default: HEADRACE_HOME)")
         action.add_argument("--json", action="store_true", help="print JSON (dump always does)")
 
@@ -80,6 +96,21 @@ def _dump(args: argparse.Namespace) -> int:
         for record in records:
             print(json.dumps(as_json(record)))
         seq = records[-1].seq
+    return 0
+
+
+def _replay(args: argparse.Namespace) -> int:
+    config = Config.load(args.home)
+    target = Ledger(open_database(args.into))
+    try:
+        with ledgers.invoiced(config) as before:
+            records = replay(ledgers.sources(config, args.logs), target, before=before)
+    finally:
+        target.close()
+    if args.json:
+        print(json.dumps({"records": records, "into": target.name}))
+    else:
+        print(f"{records:,} records applied to {target.name}.")
     return 0
 
 

@@ -149,13 +149,13 @@ def test_a_ledger_is_made_again_from_the_log(desk):
     desk.log.serves("r1", price=PRICE)
     into = str(desk.home / "again.db")
 
-    assert desk.reads("ledger", "replay", "--into", into) == {"records": 2, "into": into}
-    assert desk.types("ledger", "replay", "--into", into)[1].startswith("0 records")
+    assert desk.reads("meterlog", "replay", "--into", into) == {"records": 2, "into": into}
+    assert desk.types("meterlog", "replay", "--into", into)[1].startswith("0 records")
     assert [(each["log_id"], each["seq"]) for each in desk.reads("ledger", "status")] == [
         ("log-1", 2)
     ]
     same = str(desk.home / "ledger.db")
-    assert desk.types("ledger", "replay", "--into", same)[0] == cli.EXIT_REFUSED
+    assert desk.types("meterlog", "replay", "--into", same)[0] == cli.EXIT_REFUSED
 
 
 def test_a_secret_file_that_cannot_be_read_is_named_and_not_shown(desk):

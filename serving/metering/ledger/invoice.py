@@ -142,7 +142,7 @@ def blocked(findings: Findings) -> InvoiceBlocked:
         f" {findings.differences[0].what}",
         why="What log, ledger and rates do not agree on is not invoiced.",
         fix="See `headrace reconcile`; correct by an adjustment, or make the ledger again with"
-        " `headrace ledger replay`.",
+        " `headrace meterlog replay`.",
     )
 
 

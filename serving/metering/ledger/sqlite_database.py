@@ -127,6 +127,6 @@ class SqliteDatabase:
             raise LedgerUnavailable(
                 f"The ledger {self._path} cannot be used: {error}.",
                 why="The file is damaged, of another format, or on a disk that does not answer.",
-                fix="Check it with `headrace doctor`; `headrace ledger replay` makes it again.",
+                fix="Check it with `headrace doctor`; `headrace meterlog replay` makes it again.",
                 retry_after_ms=1000,
             ) from error

@@ -326,7 +326,7 @@ def test_a_file_that_is_no_database_is_refused_with_a_reason(tmp_path):
     path = tmp_path / "ledger.db"
     path.write_bytes(b"not a database, " * 100)
 
-    with pytest.raises(LedgerUnavailable, match="headrace ledger replay"):
+    with pytest.raises(LedgerUnavailable, match="headrace meterlog replay"):
         LedgerReader(Ledger(SqliteDatabase(path))).records()
 
 
