@@ -23,7 +23,9 @@ HISTORY_MESSAGES_MAX = 64
 _ENDINGS = {
     inference_pb2.FINISH_REASON_STOP: "stop",
     inference_pb2.FINISH_REASON_LENGTH: "length",
+    inference_pb2.FINISH_REASON_BUDGET: "budget",
 }
+_CUT = {"length": " · cut at the longest answer", "budget": " · cut where the budget ends"}
 _CONTROL = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 """What a model says is text, never a command to the terminal."""
 
@@ -136,7 +138,7 @@ class Answer:
         """One line for people."""
         usage, charge = self.done.usage, self.done.charge
         cached = f" ({usage.cached_tokens:,} cached)" if usage.cached_tokens else ""
-        cut = " · cut at the longest answer" if self.finish_reason == "length" else ""
+        cut = _CUT.get(self.finish_reason, "")
         return (
             f"{self.tokens_per_s:.1f} tokens/s · first after {self.ttft_ms:.0f} ms · "
             f"{usage.prompt_tokens:,} in{cached}, {usage.completion_tokens:,} out · "

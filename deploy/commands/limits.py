@@ -111,11 +111,14 @@ def _set(args: argparse.Namespace) -> int:
 def _list(args: argparse.Namespace) -> int:
     config = Config.load(args.home)
     known = standings(config)
-    limits = [each.limit for each in known] if known is not None else limits_on_disk(config)
+    # A frontend of this home follows what is set here within two seconds; one elsewhere has others.
+    is_elsewhere = known is not None and config.quota.authority is not None
+    limits = [each.limit for each in known or ()] if is_elsewhere else limits_on_disk(config)
     left = {each.limit.name: _in_unit(each, each.left) for each in known or ()}
     if args.json:
         print(json.dumps([as_json(each) | {"left": left.get(each.name)} for each in limits]))
         return 0
+    not_yet = "no frontend runs" if known is None else "in force in a moment"
     rows = [
         [
             limit.subject,
@@ -123,7 +126,7 @@ def _list(args: argparse.Namespace) -> int:
             limit.metric.value,
             f"{limit.limit:,}",
             "hard" if limit.hard or not limit.metric.is_budget else "soft",
-            f"{left[limit.name]:,}" if limit.name in left else "no frontend runs",
+            f"{left[limit.name]:,}" if limit.name in left else not_yet,
         ]
         for limit in sorted(limits, key=lambda each: each.name)
     ]

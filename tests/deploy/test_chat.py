@@ -27,6 +27,7 @@ class ScriptedServer(inference_pb2_grpc.InferenceServicer):
         self.keys: list[object] = []
         self.texts = ["Hel", "lo"]
         self.refusal: Status | None = None
+        self.ending = pb.FINISH_REASON_STOP
 
     def ListModels(self, request: object, context: grpc.ServicerContext) -> pb.ListModelsResponse:
         return pb.ListModelsResponse(models=[pb.Model(name=name) for name in self.models])
@@ -46,7 +47,7 @@ class ScriptedServer(inference_pb2_grpc.InferenceServicer):
         usage = Usage(prompt_tokens=9, cached_tokens=4, completion_tokens=2)
         yield pb.GenerateChunk(
             request_id="r1",
-            finish_reason=pb.FINISH_REASON_STOP,
+            finish_reason=self.ending,
             done=pb.Done(usage=usage, charge=Charge(nano=670, currency="USD")),
         )
 
@@ -105,6 +106,19 @@ def test_a_person_sees_the_answer_and_what_it_cost(
     assert shown.out == "Hello\n"
     assert "tokens/s" in shown.err
     assert "9 in (4 cached), 2 out · 0.000000670 USD · r1" in shown.err
+
+
+@pytest.mark.parametrize(
+    ("ending", "cut"), [("length", "at the longest answer"), ("budget", "where the budget ends")]
+)
+def test_an_answer_that_was_cut_says_why(
+    chat, server: ScriptedServer, capsys: pytest.CaptureFixture[str], ending: str, cut: str
+) -> None:
+    server.ending = pb.FinishReason.Value(f"FINISH_REASON_{ending.upper()}")
+    assert chat("hi") == 0
+    assert f" · cut {cut}" in capsys.readouterr().err
+    assert chat("--json", "hi") == 0
+    assert json.loads(capsys.readouterr().out)["finish_reason"] == ending
 
 
 def test_every_option_reaches_the_server(chat, server: ScriptedServer) -> None:

@@ -120,11 +120,16 @@ def test_a_running_frontend_says_what_is_left(tmp_path: Path, capsys):
             directory = {"address": platform.addresses.directory}
             text = json.dumps({"directory": directory, "limits": limits})
             (tmp_path / "config.yaml").write_text(text)
+            home = ("--json", "--home", str(tmp_path))
             for words in (("limits", "list"), ("budgets",)):
-                await asyncio.to_thread(cli.main, [*words, "--json", "--home", str(tmp_path)])
+                await asyncio.to_thread(cli.main, [*words, *home])
+            rate = ("--metric", "requests_per_min", "--limit", "5")
+            for words in (("limits", "set", "--organisation", "acme", *rate), ("limits", "list")):
+                await asyncio.to_thread(cli.main, [*words, *home])
 
     asyncio.run(story())
 
-    limits, budgets = map(json.loads, capsys.readouterr().out.splitlines())
+    limits, budgets, _, after = map(json.loads, capsys.readouterr().out.splitlines())
+    assert len(after) == len(limits) + 1, "what was set is listed before a frontend follows it"
     assert [each["left"] for each in limits] == [7, 900]
     assert [each["left_femto"] for each in budgets] == [900 * 10**6]
