@@ -24,6 +24,7 @@ from headrace.deploy.processes import Child
 from headrace.serving.admission.accounts import demo_key
 from headrace.serving.admission.key_store import cluster_token
 from headrace.serving.config import Config
+from headrace.serving.frontend.status import DETAILS_KEY
 from headrace.serving.testing.postgres import PostgresServer
 from headrace.v1 import inference_pb2 as pb
 from headrace.v1 import inference_pb2_grpc
@@ -34,6 +35,8 @@ ENGINES = 2
 READY_S_MAX = 60.0
 TOKENS_MAX = 160
 PROMPT_TOKENS_MAX = 40
+CUT_OFF = "CUT_OFF"
+"""The error of a client whose connection died: gRPC's own, not a refusal of ours."""
 HUNG_UP = "HUNG_UP"
 """The error of a client that left of its own will."""
 PAUSE_S = 0.02
@@ -175,7 +178,10 @@ class FaultWorld:
                     transcript.error = HUNG_UP
                     break
         except grpc.aio.AioRpcError as error:
-            transcript.error = error.code().name
+            told = {key for key, _ in error.trailing_metadata() or ()}
+            # Every refusal of ours carries its details: what has none is gRPC's own.
+            is_ours = DETAILS_KEY in told or error.code() is not grpc.StatusCode.UNAVAILABLE
+            transcript.error = error.code().name if is_ours else CUT_OFF
         return transcript
 
     async def _start_frontend(self) -> None:

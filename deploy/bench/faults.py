@@ -4,7 +4,8 @@ The promises that must hold, whatever dies when:
 
 * a settlement that a client was told of is in the books, to the token and the nano;
 * no request is charged twice;
-* nobody who waited is charged for more than arrived;
+* nobody who was told an end is charged for more than arrived. Of whose connection died with the
+  frontend, what was on its way is charged and told apart: a server cannot know what was read;
 * an answer that was cut is short by at most one checkpoint interval.
 """
 
@@ -18,7 +19,7 @@ from pathlib import Path
 
 from headrace.deploy import ledgers
 from headrace.deploy.bench import machine
-from headrace.deploy.bench.fault_world import HUNG_UP, FaultWorld, Transcript
+from headrace.deploy.bench.fault_world import CUT_OFF, HUNG_UP, FaultWorld, Transcript
 from headrace.deploy.bench.report import OURS, Report, Row
 from headrace.serving.config import Config
 from headrace.serving.domain.record import UsageRecord
@@ -55,6 +56,10 @@ class Audit:
     lost_settlements: int
     double_charges: int
     over_billed_tokens: int
+    in_transit_tokens: int
+    """Written to connections that died with the frontend, charged, and never read."""
+    in_transit_tokens_max: int
+    """Of one request."""
     under_billed_tokens_max: int
     """Of one request whose frontend was killed: delivered and not charged."""
     open_holds: int
@@ -84,12 +89,15 @@ def audit(
         by_id[record.request_id.partition("#")[0]].append(record)
     charged = Counter(r.request_id.partition("#")[0] for r in records if r.charge_femto)
     over = 0
+    lost: list[int] = [0]
     under_max = 0
     for each in transcripts:
         for record in by_id[each.request_id]:
             tokens = record.usage.completion_tokens
             # Who hangs up pays for what was written before we could know: it was delivered.
-            if record.charge_femto and each.error != HUNG_UP:
+            if record.charge_femto and each.error == CUT_OFF:
+                lost.append(max(0, tokens - each.received_tokens))
+            elif record.charge_femto and each.error != HUNG_UP:
                 over += max(0, tokens - each.received_tokens)
             if record.outcome is Outcome.RECOVERED:
                 under_max = max(under_max, each.received_tokens - tokens)
@@ -104,6 +112,8 @@ def audit(
         ),
         double_charges=sum(times > 1 for times in charged.values()),
         over_billed_tokens=over,
+        in_transit_tokens=sum(lost),
+        in_transit_tokens_max=max(lost),
         under_billed_tokens_max=under_max,
         open_holds=sum(r.outcome is Outcome.OPEN for r in records),
         reconciliation_difference=reconciliation_difference,
@@ -182,6 +192,8 @@ def to_rows(found: Audit, kills: Mapping[str, int]) -> list[Row]:
         "lost_settlements": found.lost_settlements,
         "double_charges": found.double_charges,
         "over_billed_tokens": found.over_billed_tokens,
+        "in_transit_tokens": found.in_transit_tokens,
+        "in_transit_tokens_max": found.in_transit_tokens_max,
         "under_billed_tokens_max": found.under_billed_tokens_max,
         "open_holds": found.open_holds,
         "reconciliation_difference": found.reconciliation_difference,

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from headrace.deploy.bench import faults
-from headrace.deploy.bench.fault_world import Transcript
+from headrace.deploy.bench.fault_world import CUT_OFF, Transcript
 from headrace.serving.domain.record import UsageRecord
 from headrace.serving.domain.usage import Outcome, Usage
 from headrace.v1 import inference_pb2 as pb
@@ -84,6 +84,16 @@ def test_each_way_to_be_wrong_is_found(transcripts, records, field):
 
     assert getattr(found, field) > 0
     assert not found.is_clean
+
+
+def test_what_was_on_its_way_when_the_connection_died_is_told_apart():
+    cut = told(received=5, charge_nano=None)
+    cut.error = CUT_OFF
+    found = audit([cut], [replace(RECORD, outcome=Outcome.RECOVERED)])
+
+    assert found.is_clean
+    assert found.in_transit_tokens == found.in_transit_tokens_max
+    assert found.in_transit_tokens == RECORD.usage.completion_tokens - 5
 
 
 def test_what_a_killed_frontend_gave_away_is_measured():
