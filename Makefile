@@ -27,7 +27,7 @@ bench: $(VENV)/.installed ## language models and frontend, against the peers tha
 # Three quarters of an hour on two cores: a million simulated requests over crashes, faults of the
 # disk, stepped clocks and repeated deliveries, then a thousand kills of real processes.
 soak: $(VENV)/.dev postgres ## the long version of what `make test` does briefly
-	HEADRACE_SOAK_SEEDS=1600 $(BIN)/python -m pytest -q -n 2 --dist load \
+	HEADRACE_SOAK_SEEDS=2600 $(BIN)/python -m pytest -q -n 2 --dist load \
 	  tests/serving/metering/meterlog/test_simulation.py
 	$(BIN)/headrace bench faults --trials 1000
 

@@ -1,6 +1,7 @@
 """Thousands of requests over many crashes, seeded; log and ledger checked after every recovery.
 
-HEADRACE_SOAK_SEEDS=2000 makes it a soak; a seed that fails stands in the test's name.
+HEADRACE_SOAK_SEEDS=2600 makes it a soak of a million requests; a seed that fails stands in the
+test's name.
 """
 
 import asyncio
