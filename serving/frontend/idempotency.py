@@ -292,9 +292,8 @@ class Idempotency:
     def _end_of(self, run: SharedRun, claim: Claim, error: BaseException) -> Awaitable[None]:
         """How the store is told of an attempt that was cut short."""
         if isinstance(error, ServingError) and error.left_no_record:
-            return self._store.release(
-                claim
-            )  # A limit, or no room: its retry is the first attempt.
+            # A limit, or no room: its retry is the first attempt.
+            return self._store.release(claim)
         # Another refusal before the first chunk charged nothing; of the rest we are not sure: a
         # settlement that failed may be found in the log.
         was_refused = isinstance(error, ServingError) and not isinstance(error, MeterUnavailable)
