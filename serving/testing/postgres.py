@@ -1,5 +1,6 @@
 """A PostgreSQL of a test's own: Debian's package, a fresh cluster, a Unix socket, no port."""
 
+import itertools
 import os
 import pwd
 import shutil
@@ -37,6 +38,7 @@ class PostgresServer:
                 fix="apt-get install postgresql",
             )
         self._bin = versions[-1]
+        self._names = itertools.count()
         self._is_root = os.geteuid() == 0
         # Not a test's own folder, which the other user may not enter.
         self._folder = Path(tempfile.mkdtemp(prefix="headrace-pg-"))
@@ -48,7 +50,13 @@ class PostgresServer:
 
     @property
     def dsn(self) -> str:
-        return f"host={self._folder} user={USER} dbname=postgres"
+        return self._dsn_of("postgres")
+
+    def new_database(self) -> str:
+        """The DSN of an empty database of its own."""
+        name = f"database_{next(self._names)}"
+        self._run("createdb", "-h", str(self._folder), "-U", USER, name)
+        return self._dsn_of(name)
 
     def __enter__(self) -> "PostgresServer":
         self.start()
@@ -71,6 +79,9 @@ class PostgresServer:
         if (self._data / "postmaster.pid").exists():
             self.stop()
         shutil.rmtree(self._folder)
+
+    def _dsn_of(self, name: str) -> str:
+        return f"host={self._folder} user={USER} dbname={name}"
 
     def _ctl(self, *words: str) -> None:
         self._run("pg_ctl", "-D", str(self._data), *words)

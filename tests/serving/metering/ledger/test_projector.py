@@ -80,14 +80,14 @@ def test_postgres_may_be_gone_for_an_hour(postgres, log):
     story = Story(log, ledger, batch_records=10)
     log.serves("before")
     story.goes_on(1)
-    postgres.stops()
+    postgres.stop()
 
     turns = 0
     for minute in range(60):
         log.serves(f"r{minute}")
         turns += story.goes_on(60)
     during = story.lags[-1]
-    postgres.starts()
+    postgres.start()
     story.goes_on(BACKOFF_LONGEST_S + 10)
 
     assert during.records == 120
@@ -105,8 +105,8 @@ def test_a_connection_that_is_cut_is_made_again(postgres, log):
     ledger = Ledger(PostgresDatabase(postgres.new_database()))
     log.serves("before")
     ledger.apply(log.log_id, log.records)
-    postgres.stops()
-    postgres.starts()
+    postgres.stop()
+    postgres.start()
     log.serves("after")
 
     with pytest.raises(LedgerUnavailable, match="does not answer"):
