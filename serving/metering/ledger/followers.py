@@ -109,11 +109,6 @@ class Followers:
         for each in self._projectors:
             each.wake()
 
-    @property
-    def local_is_healthy(self) -> bool:
-        """False while the local ledger cannot follow; request ids are remembered by the log."""
-        return bool(self._projectors) and self._projectors[0].is_healthy
-
     def stop(self) -> None:
         """End after the batches that are being written. Blocks; idempotent."""
         followers: Sequence[Projector | BackgroundTurns] = (*self._projectors, *self._sinks)

@@ -151,16 +151,6 @@ class LedgerReader:
         )
         return [_balance(row) for row in rows]
 
-    def open_holds_femto(self, *, tenant_id: str, currency: str) -> int:
-        """What the tenant's running requests may still cost, together."""
-        self._ledger.prepare()
-        ((high, low),) = self._database.rows(
-            f"SELECT {sum_of('hold_femto')} {_FROM} WHERE outcome = 'open' AND tenant_id = ?"
-            " AND price.currency = ?",
-            (tenant_id, currency),
-        )
-        return exact(high, low)
-
 
 _FROM = "FROM request JOIN price ON price.price_id = request.price_id"
 _PRICE: Columns = {"currency": "text", "version": "text"}

@@ -117,15 +117,6 @@ def statements(ledger: Ledger, *, tenant_id: str, month: int) -> list[Statement]
     ]
 
 
-def tenants_of(ledger: Ledger, *, month: int) -> list[str]:
-    """Who has anything in a month."""
-    ledger.prepare()
-    rows = ledger.database.rows(
-        "SELECT DISTINCT tenant_id FROM balance WHERE month = ? ORDER BY tenant_id", (month,)
-    )
-    return [tenant_id for (tenant_id,) in rows]
-
-
 def parse_month(text: str) -> int:
     """`2026-11` as 202611.
 

@@ -30,7 +30,6 @@ from headrace.serving.metering.meterlog.files import Files, LocalFiles
 from headrace.serving.metering.meterlog.folder import LogFolder
 from headrace.serving.metering.meterlog.holds import USAGE_BYTES_MAX
 from headrace.serving.metering.meterlog.journal import Effect
-from headrace.serving.metering.meterlog.reader import LogReader
 from headrace.serving.metering.meterlog.recovery import begin_epoch, recover
 from headrace.serving.metering.meterlog.refusals import already_served, too_many, unavailable
 from headrace.serving.metering.meterlog.writer import (
@@ -175,31 +174,6 @@ class MeterLog:
         Any thread may say so; the requests are released by the next opening.
         """
         self._projected_seq = max(self._projected_seq, seq)
-
-    def remember_after(self, seq: int) -> None:
-        """Learn which requests are in the log after `seq`, the last record in the ledger. Blocks.
-
-        Before the first opening, unless the ledger has caught up by then.
-
-        Raises:
-            MeterLogDamaged: the log ends before `seq`: an older copy of it was put in its place.
-            MeterUnavailable: it cannot be read.
-        """
-        reader = LogReader(
-            self._folder.path, durable_seq=lambda: self.durable_seq, files=self._folder.files
-        )
-        while records := reader.after(seq):
-            for record in records:
-                kind = record.event.WhichOneof("kind")
-                if kind not in ("reserve", "settle", "void", "expire"):
-                    continue
-                message = getattr(record.event, kind)
-                key = (message.tenant_id, message.request_id)
-                if kind == "reserve":
-                    self._requests[key] = _Request(key, 0, record.seq, is_ending=True)
-                else:
-                    self._ended.append((record.seq, key))
-            seq = records[-1].seq
 
     async def open(self, opening: Opening) -> None:
         """See `Meter.open`. A caller that is cancelled meanwhile leaves a cancelled record.

@@ -47,7 +47,6 @@ def test_local_and_shared_ledger_follow_one_log(tmp_path, postgres):
     followers.wake()
 
     assert watch.sees(local=0, postgres=0)
-    assert followers.local_is_healthy
     assert followers.was_used("acme", "r2")
     assert not followers.was_used("zeta", "r2")
     followers.stop()

@@ -298,16 +298,6 @@ def test_requests_can_be_asked_for_by_what_they_are(ledger, reader, log):
     assert [totals.requests for totals in reader.totals(Which(tenant_id="acme"))] == [2]
 
 
-def test_what_running_requests_may_cost_is_known(ledger, reader, log):
-    log.reserves("r1")
-    log.reserves("r2")
-    log.serves("r3")
-
-    ledger.apply(log.log_id, log.records)
-
-    assert reader.open_holds_femto(tenant_id="acme", currency="USD") == 2 * 10**12
-
-
 def test_a_newer_ledger_is_used_if_it_says_that_it_may_be(database, log):
     """An upgrade that only adds can be taken back by going back to the release before."""
     Ledger(database).prepare()

@@ -11,7 +11,7 @@ from headrace.serving.metering.ledger.currency import decimal, minor_of
 from headrace.serving.metering.ledger.ledger import Ledger
 from headrace.serving.metering.ledger.reconcile import reconcile
 from headrace.serving.metering.ledger.sqlite_database import SqliteDatabase
-from headrace.serving.metering.ledger.statement import parse_month, statements, tenants_of
+from headrace.serving.metering.ledger.statement import parse_month, statements
 from headrace.serving.testing.memory_log import NOVEMBER, PRICE, MemoryLog
 
 DECEMBER = NOVEMBER + 30 * 86_400_000
@@ -85,7 +85,6 @@ def test_a_line_is_a_project_model_tier_unit_and_price(ledger, log):
     }
     assert statement.total_minor == 0
     assert statement.exact_femto == 3 * 16_400 * 10**6
-    assert tenants_of(ledger, month=202611) == ["acme", "zeta"]
 
 
 def test_corrections_and_credits_have_lines_of_their_own(ledger, log):

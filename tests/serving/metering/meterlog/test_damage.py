@@ -161,13 +161,6 @@ def test_a_missing_last_segment_is_missed_by_whoever_read_it(log):
         LogReader(FOLDER, files=log).after(last)
 
 
-def test_a_frontend_whose_ledger_is_ahead_of_its_log_is_told(log, start):
-    frontend = start(log, epoch="next")
-
-    with pytest.raises(MeterLogDamaged):
-        frontend.log.remember_after(frontend.log.durable_seq + 1)
-
-
 def test_a_log_without_its_name_is_refused(log, start):
     log.delete(FOLDER / "log_id")
 

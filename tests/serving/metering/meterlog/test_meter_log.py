@@ -177,27 +177,6 @@ def test_what_the_ledger_took_over_is_forgotten_here(start, run):
     assert "ledger" in run(story()).what
 
 
-def test_a_restart_remembers_the_ids_that_the_ledger_lags_behind_with(start, run, disk):
-    first = start()
-
-    async def story():
-        await first.accepts("r1")
-        await first.ends("r1")
-
-    run(story())
-    first.log.close()
-    second = start(epoch="next")
-    second.log.remember_after(0)
-
-    async def again():
-        with pytest.raises(AlreadyServed):
-            await second.accepts("r1")
-        second.log.projected(second.log.durable_seq)
-        await second.accepts("r1")
-
-    run(again())
-
-
 def test_the_first_settlement_wins(start, run, disk, told):
     """A cancellation that races with the end of the stream must not change what was charged."""
     frontend = start()
