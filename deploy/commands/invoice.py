@@ -43,9 +43,11 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 def run(args: argparse.Namespace) -> int:
     month = None if args.month is None else parse_month(args.month)
     config = Config.load(args.home)
+    changed: set[int] = set()
     with ledgers.invoiced(config, args.logs) as ledger:
         if args.list:
             found = invoice.issued_for(ledger, tenant_id=args.tenant, month=month)
+            changed = {each.number for each in invoice.changed_since(ledger)}
         elif args.tenant is None or month is None:
             raise InvalidRequest(
                 "It is not said whose invoices to issue, or for which month.",
@@ -62,13 +64,15 @@ def run(args: argparse.Namespace) -> int:
                 now_unix_ms=SystemClock().unix_ms(),
             )
     if args.json:
-        print(json.dumps([each.as_json() for each in found]))
+        known = [each.as_json() | {"is_outdated": each.number in changed} for each in found]
+        print(json.dumps(known))
     else:
-        _show(found)
+        _show(found, changed)
     return 0
 
 
-def _show(invoices: list[Invoice]) -> None:
+def _show(invoices: list[Invoice], changed: set[int]) -> None:
+    """`changed` are those whose month came to something else since: they need a correction."""
     rows = [
         [
             each.invoice_id,
@@ -76,7 +80,10 @@ def _show(invoices: list[Invoice]) -> None:
             month_text(each.month),
             datetime.fromtimestamp(each.issued_unix_ms / 1000, UTC).strftime("%Y-%m-%d %H:%M:%S"),
             f"{decimal(each.total_minor, minor_digits(each.currency))} {each.currency}",
+            "needs a correction" if each.number in changed else "",
         ]
         for each in invoices
     ]
-    show_table(["invoice", "tenant", "month", "issued (UTC)", "total"], rows, numbers=("total",))
+    show_table(
+        ["invoice", "tenant", "month", "issued (UTC)", "total", ""], rows, numbers=("total",)
+    )

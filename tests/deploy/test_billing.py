@@ -81,6 +81,10 @@ def test_a_month_is_stated_invoiced_and_listed(desk):
     assert "2.50 USD" in table
     assert "2.50" in desk.types("statement", *month)[1]
     assert desk.reads("invoice", *month) == [issued]
+    assert "correction" not in table
+    desk.log.settles(desk.log.reserves("late", price=DOLLAR), Usage(prompt_tokens=1_000_000))
+    assert "needs a correction" in desk.types("invoice", "--list")[1]
+    assert [each["is_outdated"] for each in desk.reads("invoice", "--list")] == [True]
 
 
 def test_an_invoice_needs_to_know_whose(desk):

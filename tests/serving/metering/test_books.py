@@ -1,6 +1,7 @@
 """A frontend's books over several of its lives."""
 
 import asyncio
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from headrace.serving.config import Config
 from headrace.serving.domain.record import Opening, Settlement
 from headrace.serving.domain.tier import Tier
 from headrace.serving.domain.usage import Outcome, Price, Usage
+from headrace.serving.errors import MeterLogDamaged
 from headrace.serving.metering.books import Books
 from headrace.serving.observe import Metrics
 from headrace.serving.testing.clock import ManualClock
@@ -111,3 +113,21 @@ def test_a_request_is_found_as_soon_as_it_is_durable(later):
 
     assert later.books.find("acme", "f").charge_femto == 32 * 10**6
     assert later.books.find("acme", "never") is None
+
+
+def test_an_older_copy_of_the_log_is_not_taken_for_the_log(tmp_path: Path):
+    """A backup that was put back lacks what the ledger has: what is gone must not be run again."""
+    clock = ManualClock(NOVEMBER_27)
+    first = Life(tmp_path, "1", clock)
+    first.charges("r1", 1)
+    first.books.close()
+    shutil.copytree(tmp_path / "meterlog", tmp_path / "backup")
+    second = Life(tmp_path, "2", clock)
+    second.charges("r2", 1)
+    assert second.books.find("acme", "r2") is not None  # So the ledger has it.
+    second.books.close()
+    shutil.rmtree(tmp_path / "meterlog")
+    (tmp_path / "backup").rename(tmp_path / "meterlog")
+
+    with pytest.raises(MeterLogDamaged):
+        Life(tmp_path, "3", clock)
