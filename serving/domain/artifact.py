@@ -8,7 +8,7 @@ from typing import Any
 
 from headrace.serving.errors import ArtifactTampered
 
-MANIFEST_VERSION = 1
+MANIFEST_VERSION = 2
 MANIFEST_FILE = "manifest.json"
 
 
@@ -16,6 +16,35 @@ class Precision(StrEnum):
     FP32 = "fp32"
     INT8 = "int8"
     INT4 = "int4"
+    """`cpu`: the native engine's blocks of 32. TensorRT: weights only, blocks of 128, over bf16."""
+    BF16 = "bf16"
+    FP8 = "fp8"
+    """E4M3 weights and, where calibrated, activations; the rest bf16. TensorRT only."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sharding:
+    """How one replica lies over devices.
+
+    A rank's number is `(stage * cp + cp_index) * tp + tp_index`. The ranks of one stage, tp * cp of
+    them, share a communicator; between stages only hidden states pass.
+    """
+
+    tp: int = 1
+    """Tensor parallel: heads, ffn and vocabulary are split."""
+    pp: int = 1
+    """Pipeline stages: layers are split."""
+    cp: int = 1
+    """Context parallel (Ulysses): tokens are split outside attention, heads inside it; weights are
+    whole on each rank."""
+
+    @property
+    def ranks(self) -> int:
+        return self.tp * self.pp * self.cp
+
+    def place(self, rank: int) -> tuple[int, int, int]:
+        """The (stage, cp_index, tp_index) of a rank."""
+        return rank // (self.cp * self.tp), rank // self.tp % self.cp, rank % self.tp
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +68,12 @@ class Decoder:
     head_dim / 2 of them, are the tensor `rope.inv_freq`: every RoPE variant we support reduces to
     these two."""
     o_bias: bool = False
+    experts: int = 0
+    """Of each layer's mixture; 0 for a dense model, whose MLP is `ffn` wide."""
+    experts_per_token: int = 0
+    expert_ffn: int = 0
+    norm_topk: bool = True
+    """Whether the chosen experts' weights are made to sum to one."""
 
     @property
     def kv_values_per_token(self) -> int:
@@ -46,9 +81,18 @@ class Decoder:
         return 2 * self.layers * self.kv_heads * self.head_dim
 
 
+class VerifyMethod(StrEnum):
+    ENGINE = "engine"
+    """The engine itself was run as serving runs it."""
+    NETWORK = "network"
+    """The network that was given to TensorRT was computed on CPU, layer by layer; the plan made of
+    it has not been run. Serving refuses such an engine unless it is told otherwise."""
+    NONE = "none"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verification:
-    """The built engine against `transformers` in fp32 on fixed prompts."""
+    """What was built against `transformers` in fp32 on fixed prompts."""
 
     reference: str
     """For example "transformers 5.23.0, fp32"."""
@@ -60,6 +104,11 @@ class Verification:
     perplexity: float
     perplexity_reference: float
     tolerance: str
+    method: VerifyMethod = VerifyMethod.ENGINE
+    host: str = ""
+    """Who ran it: `<host fingerprint> <cpu or gpu>`."""
+    verified_at: str = ""
+    """UTC, ISO 8601."""
     logit_error: float = 0.0
     """Root mean square of the logits' difference, relative to the spread of the reference's."""
 
@@ -67,6 +116,49 @@ class Verification:
     def perplexity_delta(self) -> float:
         """Relative: 0.01 is one per cent worse than the reference."""
         return self.perplexity / self.perplexity_reference - 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Profile:
+    """One optimisation profile: the sizes of a step that it serves."""
+
+    name: str
+    rows: tuple[int, int, int]
+    """Least, likeliest and most rows."""
+    tokens: tuple[int, int, int]
+    """Least, likeliest and most tokens a row."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankPlan:
+    """The plan of one rank."""
+
+    rank: int
+    file: str
+    plan_bytes: int
+    weight_bytes: int
+    """Of the constants in its network."""
+    layers: tuple[int, int]
+    """The first layer it computes, and one past the last."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorRt:
+    """What a TensorRT engine must know beside the decoder; `serving/engine/plan_io.py` has its I/O."""
+
+    library: str
+    """"tensorrt_rtx" or "tensorrt"."""
+    version: str
+    """Of the library; a plan is read by this version alone."""
+    compute_capabilities: tuple[str, ...]
+    """For example ("9.0",); of the devices that the plan was made for."""
+    cache_tokens: int
+    """Places of each row's linear KV cache; the longest sequence and one chunk of padding."""
+    profiles: tuple[Profile, ...]
+    sharding: Sharding
+    ranks: tuple[RankPlan, ...]
+    flags: tuple[str, ...] = ()
+    """"weight_streaming", "refit"."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +174,7 @@ class Manifest:
     target: str
     precision: Precision
     engine: str
-    """Which engine loads it: "onnx" or "native"."""
+    """Which engine loads it: "onnx", "native" or "tensorrt"."""
     decoder: Decoder
     eos_token_ids: tuple[int, ...]
     bos_token_id: int | None
@@ -95,7 +187,8 @@ class Manifest:
     source: str
     built_with: Mapping[str, str] = field(default_factory=dict[str, str])
     files: Mapping[str, str] = field(default_factory=dict[str, str])
-    """File name to SHA-256 (hex) of its content; every file but the manifest itself."""
+    """File name to SHA-256 (hex) of its content; every file but the manifest and its signature."""
+    tensorrt: TensorRt | None = None
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1, sort_keys=True) + "\n"
@@ -112,7 +205,8 @@ class Manifest:
             if raw.get("manifest_version") != MANIFEST_VERSION:
                 raise ValueError(f"manifest_version is {raw.get('manifest_version')!r}")
             raw["decoder"] = Decoder(**_exact(Decoder, raw["decoder"]))
-            raw["verification"] = Verification(**_exact(Verification, raw["verification"]))
+            raw["verification"] = _verification(raw["verification"])
+            raw["tensorrt"] = _tensorrt(raw["tensorrt"])
             raw["precision"] = Precision(raw["precision"])
             raw["eos_token_ids"] = tuple(int(i) for i in raw["eos_token_ids"])
             pair = raw["reasoning_token_ids"]
@@ -124,6 +218,42 @@ class Manifest:
                 why=f"Serving reads version {MANIFEST_VERSION} strictly and guesses nothing.",
                 fix="Build the artifact again with `headrace compile`.",
             ) from error
+
+
+def _verification(value: object) -> Verification:
+    raw = _exact(Verification, value)
+    raw["method"] = VerifyMethod(raw["method"])
+    return Verification(**raw)
+
+
+def _tensorrt(value: object) -> TensorRt | None:
+    if value is None:
+        return None
+    raw = _exact(TensorRt, value)
+    raw["sharding"] = Sharding(**_exact(Sharding, raw["sharding"]))
+    raw["profiles"] = tuple(_profile(each) for each in raw["profiles"])
+    raw["ranks"] = tuple(_rank_plan(each) for each in raw["ranks"])
+    for name in ("compute_capabilities", "flags"):
+        raw[name] = tuple(str(each) for each in raw[name])
+    return TensorRt(**raw)
+
+
+def _profile(value: object) -> Profile:
+    raw = _exact(Profile, value)
+    raw["rows"], raw["tokens"] = _three(raw["rows"]), _three(raw["tokens"])
+    return Profile(**raw)
+
+
+def _rank_plan(value: object) -> RankPlan:
+    raw = _exact(RankPlan, value)
+    first, last = (int(each) for each in raw["layers"])
+    raw["layers"] = (first, last)
+    return RankPlan(**raw)
+
+
+def _three(value: Any) -> tuple[int, int, int]:
+    least, likeliest, most = (int(each) for each in value)
+    return least, likeliest, most
 
 
 def _exact(kind: type, value: object) -> dict[str, Any]:

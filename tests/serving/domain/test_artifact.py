@@ -59,7 +59,7 @@ def test_facts_that_follow_from_others_are_computed():
 @pytest.mark.parametrize(
     "change",
     [
-        pytest.param({"manifest_version": 2}, id="another version"),
+        pytest.param({"manifest_version": 1}, id="another version"),
         pytest.param({"surprise": 1}, id="an unknown field"),
         pytest.param({"precision": "int7"}, id="an unknown precision"),
         pytest.param({"decoder": {"layers": 1}}, id="a decoder without its facts"),

@@ -101,7 +101,7 @@ def test_a_file_outside_the_folder_is_refused(artifact: Callable[..., Path]) -> 
 @pytest.mark.parametrize(
     "changes",
     [
-        pytest.param({"manifest_version": 2}, id="another version"),
+        pytest.param({"manifest_version": 1}, id="another version"),
         pytest.param({"surprise": 1}, id="an unknown field"),
         pytest.param({"precision": "fp7"}, id="an unknown precision"),
         pytest.param({"decoder": {}}, id="no facts"),
