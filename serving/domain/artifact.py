@@ -144,7 +144,7 @@ class RankPlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorRt:
-    """What a TensorRT engine must know beside the decoder; `serving/engine/plan_io.py` has its I/O."""
+    """What a TensorRT engine must know beside the decoder; see `serving/engine/plan_io.py`."""
 
     library: str
     """"tensorrt_rtx" or "tensorrt"."""
