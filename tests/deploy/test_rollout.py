@@ -83,4 +83,4 @@ def test_versions_are_the_same_in_every_process() -> None:
         waiting_max=256,
         threads=1,
     )
-    assert plans(model)["chat"].engine.version == "e00f574c1fabf8fb"
+    assert plans(model)["chat"].engine.version == "88ffa571060040a7"
