@@ -145,7 +145,8 @@ def _remove(
 def _nobody_uses(folder: Path) -> Iterator[bool]:
     """Hold the lock that users of an artifact share; False where one of them has it."""
     try:
-        held = os.open(folder / MANIFEST_FILE, os.O_RDONLY | os.O_CLOEXEC)
+        # Nothing is written; NFS gives an exclusive lock on no other descriptor.
+        held = os.open(folder / MANIFEST_FILE, os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError:
         yield True  # Without its manifest nobody can have loaded it.
         return
