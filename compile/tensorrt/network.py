@@ -127,7 +127,7 @@ class Network:
         return self._only(self.definition.add_reduce(x, kind, 1 << axis, keeps), name)
 
     def matmul(self, x: Tensor, weight: Tensor, *, name: str, transposed: bool = True) -> Tensor:
-        """Multiply x [.., M, in] by a weight [.., out, in], or [.., in, out] if not `transposed`."""
+        """Multiply x [.., M, in] by [.., out, in], or by [.., in, out] where not `transposed`."""
         none, turned = self.trt.MatrixOperation.NONE, self.trt.MatrixOperation.TRANSPOSE
         layer = self.definition.add_matrix_multiply(x, none, weight, turned if transposed else none)
         return self._only(layer, name)
