@@ -148,12 +148,14 @@ def test_a_dry_run_says_what_a_run_does(house: House) -> None:
 def test_leavings_of_the_killed_go_and_those_of_the_living_stay(house: House) -> None:
     for digit in "ab":
         (house.shelf.store.artifacts / f".{digit * 64}.fetch").mkdir(parents=True)
+        (house.shelf.home / "builds" / (digit * 64)).mkdir(parents=True)
     (house.shelf.home / "checkpoints" / ".qwen2.5-7b.k2j3").mkdir(parents=True)
 
     with locked(house.shelf.store.lock_file("b" * 64)):
         found = house.collect(1 << 40).leavings
 
-    assert [Path(path).name[:3] for path in found] == [".aa", ".qw"]
+    assert [Path(path).name[:3] for path in found] == [".aa", ".qw", "aaa"]
+    assert [path.name[:3] for path in (house.shelf.home / "builds").iterdir()] == ["bbb"]
     assert [path.name[:3] for path in house.shelf.store.artifacts.iterdir()] == [".bb"]
 
 
