@@ -1,18 +1,25 @@
-"""What the ranks of `test_rank_processes.py` run: found by name, as their processes need it."""
+"""What ranks run in the tests of this folder: found by name, as their processes need it."""
 
 import os
 import signal
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tensorrt_rtx as trt
 import torch
 
+from headrace.compile.checkpoint import open_checkpoint
+from headrace.compile.families.base import Weights
+from headrace.compile.families.registry import describe
+from headrace.compile.sharding import parts
+from headrace.compile.tensorrt.decoder_network import Plan, write_decoder
 from headrace.compile.tensorrt.interpreter import Interpreter
 from headrace.compile.tensorrt.network import Network
 from headrace.compile.tensorrt.process_group import Peers
+from headrace.serving.domain.artifact import Sharding
 from headrace.serving.errors import UnsupportedModel
 
 STAGE = 2
@@ -80,3 +87,15 @@ def say_pid_and_hang(peers: Peers) -> None:
     meet(peers)
     print("PID", os.getpid(), flush=True)
     threading.Event().wait()
+
+
+def decoder_network(folder: Path, sharding: Sharding, rank: int) -> tuple[Any, Any]:
+    """A rank's network of a checkpoint, with a cache of 128 places."""
+    checkpoint = open_checkpoint(folder)
+    model = describe(checkpoint)
+    builder = trt.Builder(trt.Logger(trt.Logger.ERROR))
+    net = Network(trt, builder.create_network(0))
+    part = parts(model.decoder, sharding)[rank]
+    plan = Plan(part=part, sharding=sharding, cache_tokens=128)
+    write_decoder(net, plan, Weights(checkpoint, model))
+    return net.definition, net.constants

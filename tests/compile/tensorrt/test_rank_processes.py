@@ -1,6 +1,5 @@
 """Ranks in processes of their own: what they exchange, and what becomes of all when one fails."""
 
-import importlib
 import os
 import select
 import subprocess
@@ -16,13 +15,6 @@ from headrace.serving.errors import EngineFault, UnsupportedModel
 HERE = Path(__file__).parent
 PATIENCE_S = 60.0
 """Processes that start beside a whole test suite."""
-
-
-@pytest.fixture
-def functions(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The functions, in a module that the ranks' processes find too."""
-    monkeypatch.syspath_prepend(HERE)
-    return importlib.import_module("rank_functions")
 
 
 def test_ranks_exchange_within_their_stage(functions: ModuleType) -> None:
