@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tensorrt_rtx as trt
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from headrace.compile.checkpoint import open_checkpoint
 from headrace.compile.families.registry import describe
@@ -70,6 +70,28 @@ class Case:
         )
 
 
+def mixture() -> PreTrainedModel:
+    torch.manual_seed(7)
+    model = Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(
+            hidden_size=64,
+            head_dim=16,
+            moe_intermediate_size=32,
+            num_experts=6,
+            num_experts_per_tok=2,
+            norm_topk_prob=True,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            vocab_size=260,
+            max_position_embeddings=256,
+        )
+    )
+    for values in model.parameters():
+        torch.nn.init.normal_(values, 0.0, 0.3)
+    return model
+
+
 @pytest.fixture(params=["qwen3"])
 def case(
     request: pytest.FixtureRequest,
@@ -78,7 +100,7 @@ def case(
     save_model: Callable[..., None],
     functions: ModuleType,
 ) -> Case:
-    model = make_model(request.param)
+    model = mixture() if request.param == "mixture" else make_model(request.param)
     with torch.no_grad():
         for values in model.parameters():
             values.copy_(values.bfloat16())
@@ -87,7 +109,9 @@ def case(
 
 
 @pytest.mark.parametrize(
-    "case", ["qwen3", "qwen2", "llama tied", "llama with biases", "llama yarn"], indirect=True
+    "case",
+    ["qwen3", "qwen2", "llama tied", "llama with biases", "llama yarn", "mixture"],
+    indirect=True,
 )
 def test_a_network_is_the_model(case: Case) -> None:
     """In float32 throughout it has transformers' logits to six digits."""
