@@ -52,6 +52,11 @@ def test_a_rank_that_hangs_is_named(functions: ModuleType) -> None:
         run_ranks(functions.hang, 2, collective_timeout_s=PATIENCE_S / 6)
 
 
+def test_a_run_ends_at_its_limit(functions: ModuleType) -> None:
+    with pytest.raises(EngineFault, match=r"Ranks \[0, 1\] of 2 did not end in time"):
+        run_ranks(functions.hang, 2, timeout_s=0)
+
+
 def test_no_rank_outlives_the_one_who_started_it() -> None:
     """Even if that one is killed and can tidy up nothing."""
     program = (
