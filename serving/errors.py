@@ -37,6 +37,7 @@
   * ArtifactError           FAILED_PRECONDITION  a model cannot be loaded or built
     x CheckpointUnreadable  FAILED_PRECONDITION  a truncated, foreign or unsafe checkpoint
     x ArtifactTampered      FAILED_PRECONDITION  a file differs from its manifest
+    x DeviceUnsuitable      FAILED_PRECONDITION  the machine's GPU, driver or library is another
     x DoesNotFit            FAILED_PRECONDITION  the memory is too small
     x OutsideTolerance      FAILED_PRECONDITION  the engine differs too much from the reference
     x UnsupportedModel      FAILED_PRECONDITION  a family or feature we do not compile
@@ -305,6 +306,10 @@ class CheckpointUnreadable(ArtifactError):
 
 class ArtifactTampered(ArtifactError):
     reason = "ARTIFACT_TAMPERED"
+
+
+class DeviceUnsuitable(ArtifactError):
+    reason = "DEVICE_UNSUITABLE"
 
 
 class DoesNotFit(ArtifactError):
