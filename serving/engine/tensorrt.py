@@ -182,6 +182,8 @@ class TensorRtEngine:
             self._compute(memory.pieces[0], _blank_run(lane, 1))
             memory.device.synchronize(memory.stream)
             lane.record()
+        # Not being recorded is no fault; a device that failed meanwhile says so here.
+        memory.device.synchronize(memory.stream)
 
     # A step.
 

@@ -28,7 +28,6 @@ class Lane:
         *,
         profile: int,
         rows: int,
-        cache_shape: tuple[int, ...],
         communicator: Communicator | None,
         said: LibraryLog,
     ) -> None:
@@ -41,7 +40,6 @@ class Lane:
             facts: of the plan.
             profile: index of the optimisation profile.
             rows: of every run.
-            cache_shape: of one row in one cache: K, S, H.
             communicator: of the stage; None where it is of one rank.
             said: where the library gives reasons.
 
@@ -73,7 +71,7 @@ class Lane:
             if name in memory.layout.offsets:
                 self._shape(name, (rows,))
         for past, _ in facts.caches:
-            self._shape(past, (rows, *cache_shape))
+            self._shape(past, (rows, *facts.cache_shape))
         self._bind_caches()
 
     @property

@@ -49,9 +49,6 @@ class LoadedPlan:
     facts: PlanFacts
     memory: Memory
     device: Device
-    decoding: dict[Bucket, Lane]
-    """The context of each bucket."""
-    chunks: dict[ChunkSize, Lane]
 
     def __init__(
         self,
@@ -60,6 +57,8 @@ class LoadedPlan:
         channel: HiddenChannel | None,
     ) -> None:
         self.channel = channel
+        self.decoding: dict[Bucket, Lane] = {}
+        self.chunks: dict[ChunkSize, Lane] = {}
         self._communicator = communicator
         self._opened = device
         self._runtime: Runtime | None = None
@@ -114,25 +113,25 @@ class LoadedPlan:
             runs=sizes.runs_max(batch_tokens_max),
             vocab=manifest.decoder.vocab,
         )
-        cache_shape = (self.facts.kv_heads, facts.cache_tokens, manifest.decoder.head_dim)
+        for bucket in sizes.buckets:
+            self.decoding[bucket] = self._lane(library, bucket.profile, bucket.rows)
+        for chunk in sizes.chunks:
+            self.chunks[chunk] = self._lane(library, chunk.profile, 1)
 
-        def lane(profile: int, rows: int) -> Lane:
-            made = Lane(
-                library,
-                engine,
-                self.memory,
-                self.facts,
-                profile=profile,
-                rows=rows,
-                cache_shape=cache_shape,
-                communicator=self._communicator,
-                said=said,
-            )
-            self._lanes.append(made)
-            return made
-
-        self.decoding = {each: lane(each.profile, each.rows) for each in sizes.buckets}
-        self.chunks = {each: lane(each.profile, 1) for each in sizes.chunks}
+    def _lane(self, library: Library, profile: int, rows: int) -> Lane:
+        assert self._engine is not None
+        lane = Lane(
+            library,
+            self._engine,
+            self.memory,
+            self.facts,
+            profile=profile,
+            rows=rows,
+            communicator=self._communicator,
+            said=library_log(library),
+        )
+        self._lanes.append(lane)
+        return lane
 
     def close(self) -> None:
         """Give everything back. Idempotent; what a failed device does not free is logged."""
@@ -143,7 +142,8 @@ class LoadedPlan:
                 attempt("the last step", device.synchronize, self._stream)
         while self._lanes:
             self._lanes.pop().close()
-        self.decoding, self.chunks = {}, {}
+        self.decoding.clear()
+        self.chunks.clear()
         self._engine = None
         self._runtime = None
         for what, held in (("communicator", self._communicator), ("channel", self.channel)):

@@ -4,11 +4,13 @@ A plan is machine code: given a buffer of the wrong size or meaning it computes 
 past it. So every input and output is compared before the first one is bound.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from headrace.serving.domain.artifact import Decoder, RankPlan, TensorRt
 from headrace.serving.engine import plan_io
+from headrace.serving.engine.device import ALIGNMENT_BYTES
 from headrace.serving.engine.tensorrt_api import ICudaEngine
 from headrace.serving.errors import ArtifactTampered
 
@@ -23,9 +25,8 @@ class PlanFacts:
     """One rank's plan, as the engine binds it."""
 
     layers: range
-    kv_heads: int
-    place_bytes: int
-    """Of one row's place in one cache: K x S x H bf16."""
+    cache_shape: tuple[int, int, int]
+    """Of one row's place in one cache: K, S, H."""
     is_first: bool
     """Whether it takes tokens; a later stage takes hidden states."""
     is_last: bool
@@ -33,6 +34,11 @@ class PlanFacts:
     hidden: int
     logits_width: int
     """Columns of the logits: the vocabulary, padded up to a multiple of tp. 0 if it makes none."""
+
+    @property
+    def place_bytes(self) -> int:
+        """Of one row's place in one cache."""
+        return math.prod(self.cache_shape) * BF16_BYTES
 
     @property
     def caches(self) -> Iterator[tuple[str, str]]:
@@ -57,16 +63,17 @@ def read_facts(
     last = stage == facts.sharding.pp - 1
     read = PlanFacts(
         layers=layers,
-        kv_heads=kv_heads,
-        place_bytes=kv_heads * facts.cache_tokens * decoder.head_dim * BF16_BYTES,
+        cache_shape=(kv_heads, facts.cache_tokens, decoder.head_dim),
         is_first=stage == 0,
         is_last=last,
         hidden=decoder.hidden,
         logits_width=_width(found, plan_io.LOGITS, axis=1) if last else 0,
     )
-    wanted = _wanted(read, cache=(-1, kv_heads, facts.cache_tokens, decoder.head_dim))
+    wanted = _wanted(read)
     if kv_heads < 1 or (last and read.logits_width < decoder.vocab):
         raise _another(ranked, "its caches or logits are too narrow")
+    if read.place_bytes % ALIGNMENT_BYTES:
+        raise _another(ranked, f"a place of its caches is no multiple of {ALIGNMENT_BYTES} bytes")
     for name in sorted(wanted.keys() | found.keys()):
         if wanted.get(name) != found.get(name):
             raise _another(
@@ -96,7 +103,7 @@ def _tensors(engine: ICudaEngine) -> dict[str, _Tensor]:
     }
 
 
-def _wanted(read: PlanFacts, *, cache: tuple[int, ...]) -> dict[str, _Tensor]:
+def _wanted(read: PlanFacts) -> dict[str, _Tensor]:
     wanted: dict[str, _Tensor] = {
         plan_io.WRITE_INDICES: ("INPUT", "INT32", _BY_ROW),
         plan_io.POSITION_IDS: ("INPUT", "INT32", _BY_TOKEN),
@@ -112,6 +119,7 @@ def _wanted(read: PlanFacts, *, cache: tuple[int, ...]) -> dict[str, _Tensor]:
         wanted[plan_io.LOGITS] = ("OUTPUT", "FLOAT", (-1, read.logits_width))
     else:
         wanted[plan_io.HIDDEN_OUT] = ("OUTPUT", "BF16", states)
+    cache = (-1, *read.cache_shape)
     for past, present in read.caches:
         wanted[past] = ("INPUT", "BF16", cache)
         wanted[present] = ("OUTPUT", "BF16", cache)

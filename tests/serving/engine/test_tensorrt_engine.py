@@ -330,7 +330,7 @@ def test_a_step_the_library_refuses_says_why_in_its_words(machine: Machine) -> N
     engine = machine.load()
     machine.library.refuse_run = machine.library.runs
 
-    with pytest.raises(EngineFault, match="run a step.*illegal address.*Restart"):
+    with pytest.raises(EngineFault, match=r"run a step.*illegal address.*Restart"):
         engine.step([Row(text(1, 9), 0, [1], samples=True)])
 
     assert machine.device.left_over == []
@@ -411,8 +411,9 @@ def test_a_rank_by_itself_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(ConfigRefused, match="Start all ranks together"):
         machine.load()
+
     with pytest.raises(ConfigRefused, match="has no rank 2"):
-        machine.load(rank=2)
+        Machine(tmp_path, machine.manifest).load(rank=2)
 
 
 def test_too_little_memory_is_refused_with_every_number_before_it_is_taken(tmp_path: Path) -> None:
