@@ -8,6 +8,10 @@ from headrace.compile.safetensors_checkpoint import (
     SafetensorsCheckpoint,
 )
 from headrace.compile.tensors import Checkpoint, unreadable
+from headrace.serving.errors import UnsupportedModel
+
+PIPELINE_FILE = "model_index.json"
+"""What diffusers writes beside the components of a pipeline."""
 
 # Formats whose loader runs code that the file brings along.
 _PICKLES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
@@ -18,7 +22,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
     Raises:
         CheckpointUnreadable: nothing is there, it is damaged, or its weights are pickles.
-        UnsupportedModel: a GGUF architecture that is not compiled.
+        UnsupportedModel: a GGUF architecture, or a kind of model, that is not compiled.
     """
     if path.suffix == ".gguf" and path.is_file():
         return _open_gguf(path)
@@ -29,6 +33,12 @@ def open_checkpoint(path: Path) -> Checkpoint:
             path,
             "There is no model folder and no .gguf file at this path.",
             fix="Name a folder with config.json and model.safetensors, or a .gguf file.",
+        )
+    if (path / PIPELINE_FILE).is_file():
+        raise UnsupportedModel(
+            f"The folder {path} holds a diffusion pipeline.",
+            why="Video models, Wan among them, cannot be built yet.",
+            fix="Plan their memory: `headrace compile wan2.1-t2v-14b --config-only --dry-run`.",
         )
     if (path / INDEX_FILE).is_file() or (path / WEIGHTS_FILE).is_file():
         return SafetensorsCheckpoint(path)

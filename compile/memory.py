@@ -5,6 +5,10 @@
     activations = what one step of T tokens and R rows keeps at once, see `activation_bytes`
     KV tokens   = (device x 0.9 - weights - activations) / KV a token
 
+for each rank of a replica, of the part that `sharding.py` gives it. How many bytes a value has and
+what a step keeps is the engine's business: a `Footprint`, of `cpu` here and of TensorRT in
+`tensorrt_memory.py`.
+
 Worked for SmolLM2-135M (30 layers, hidden 576, 9 and 3 heads of 64, ffn 1536, vocabulary 49,152,
 tied; the config in its checkpoint): 134,515,008 parameters, so fp32 weights take 538,060,160 bytes
 with the 32 RoPE frequencies; a token keeps 2 x 30 x 3 x 64 = 11,520 values, in fp32 46,080 bytes.
@@ -12,11 +16,14 @@ with the 32 RoPE frequencies; a token keeps 2 x 30 x 3 x 64 = 11,520 values, in 
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Protocol
 
-from headrace.compile.quantize import file_layout, source_shapes
-from headrace.serving.domain.artifact import Decoder, Precision
+from headrace.compile.families.rope import ROPE_TENSOR
+from headrace.compile.sharding import RANKS_MAX, Part, held_shapes, parts
+from headrace.serving.domain.artifact import Decoder, Precision, Sharding
+from headrace.serving.engine.native_weights import source_shapes, tensor_layout
 from headrace.serving.errors import DoesNotFit, InvalidRequest
 
 USABLE_SHARE = 0.9
@@ -30,10 +37,14 @@ KV_VALUE_BYTES: Mapping[Precision, int] = {
     Precision.INT8: 2,
     Precision.INT4: 2,
 }
-"""Bytes of one number in the KV cache of the engine that serves the precision."""
+"""Bytes of one number in the KV cache of the `cpu` engine that serves the precision."""
 
-SHARDS_MAX = 64
+_TP_OFFERED_MAX = 64
+"""A refusal looks no further for a split that would do: eight machines of eight."""
+
 _ITEM_BYTES = {"F32": 4, "F16": 2, "I8": 1, "U8": 1}
+
+Shapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +65,42 @@ class Fit:
     ranks: Sequence[Rank]
     fits: bool
 
+    @property
+    def kv_tokens(self) -> int:
+        """Of the whole replica: every rank keeps each token's share, so that the least decides."""
+        return min(rank.kv_tokens_max for rank in self.ranks)
+
+
+class Footprint(Protocol):
+    """How one kind of engine stores and computes a rank's part, in bytes."""
+
+    @property
+    def precision(self) -> Precision: ...
+
+    @property
+    def narrower(self) -> Sequence["Footprint"]:
+        """The same engine in its other precisions that take less, the largest first."""
+        ...
+
+    @property
+    def value_bytes(self) -> int:
+        """Of one value that the precision does not change: a norm, a bias."""
+        ...
+
+    def matrix_bytes(self, shape: tuple[int, ...]) -> int:
+        """Of a matrix [outputs, inputs] that the precision is for, scales included."""
+        ...
+
+    def weight_bytes(self, part: Part) -> int: ...
+
+    def kv_bytes_per_token(self, part: Part) -> int: ...
+
+    def activation_bytes(self, part: Part, sharding: Sharding) -> int: ...
+
+    def kv_tokens_min(self, decoder: Decoder) -> int:
+        """Fewer KV tokens are not worth loading."""
+        ...
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepSize:
@@ -65,16 +112,55 @@ class StepSize:
     """Of the KV pool: no more context than that can be in use."""
 
 
-def weight_bytes(decoder: Decoder, precision: Precision) -> int:
-    """Bytes of the weights in the form that `precision` stores."""
+@dataclass(frozen=True, slots=True)
+class CpuFootprint:
+    """The ONNX engine (fp32) and the native one (int8, int4)."""
+
+    precision: Precision
+    step: StepSize = field(default_factory=StepSize)
+
+    @property
+    def narrower(self) -> Sequence["CpuFootprint"]:
+        order = (Precision.FP32, Precision.INT8, Precision.INT4)
+        return [replace(self, precision=p) for p in order[order.index(self.precision) + 1 :]]
+
+    @property
+    def value_bytes(self) -> int:
+        return 4
+
+    def matrix_bytes(self, shape: tuple[int, ...]) -> int:
+        return weight_bytes({"matrix": shape}, self.precision)
+
+    def weight_bytes(self, part: Part) -> int:
+        return weight_bytes(held_shapes(part), self.precision)
+
+    def kv_bytes_per_token(self, part: Part) -> int:
+        values = 2 * part.decoder.layers * part.kv_heads * part.decoder.head_dim
+        return values * KV_VALUE_BYTES[self.precision]
+
+    def activation_bytes(self, part: Part, sharding: Sharding) -> int:
+        """Of tensor parallel ranks; under cp and pp an upper bound."""
+        return activation_bytes(part.decoder, self.precision, self.step)
+
+    def kv_tokens_min(self, decoder: Decoder) -> int:
+        return min(KV_TOKENS_MIN, decoder.context_tokens)
+
+
+def weight_bytes(shapes: Shapes, precision: Precision) -> int:
+    """Bytes of canonical tensors in the form that a `cpu` engine stores in `precision`."""
     if precision is Precision.FP32:
-        return 4 * sum(math.prod(shape) for shape in source_shapes(decoder).values())
-    layout = file_layout(decoder, precision).values()
-    return sum(math.prod(shape) * _ITEM_BYTES[kind] for kind, shape in layout)
+        return 4 * sum(math.prod(shape) for shape in shapes.values())
+    return sum(
+        math.prod(stored) * _ITEM_BYTES[kind]
+        for name, shape in shapes.items()
+        for kind, stored in tensor_layout(name, shape, precision).values()
+    )
 
 
-def kv_bytes_per_token(decoder: Decoder, precision: Precision) -> int:
-    return decoder.kv_values_per_token * KV_VALUE_BYTES[precision]
+def parameters(decoder: Decoder) -> int:
+    """Trained numbers of a model; the RoPE frequencies are computed."""
+    whole = source_shapes(decoder)
+    return sum(math.prod(shape) for name, shape in whole.items() if name != ROPE_TENSOR)
 
 
 def activation_bytes(decoder: Decoder, precision: Precision, step: StepSize) -> int:
@@ -101,61 +187,48 @@ def activation_bytes(decoder: Decoder, precision: Precision, step: StepSize) -> 
     return 4 * values
 
 
-def shard(decoder: Decoder, shards: int) -> Decoder:
-    """One rank's part under tensor parallelism: heads, ffn and vocabulary split, the rest whole.
-
-    KV heads that are fewer than shards are held by several ranks.
-
-    Raises:
-        InvalidRequest: the heads or the ffn do not divide.
-    """
-    kv = decoder.kv_heads
-    divides = shards > 0 and decoder.heads % shards == 0 and decoder.ffn % shards == 0
-    if not divides or (kv % shards and shards % kv):
-        raise InvalidRequest(
-            f"The model cannot be split into {shards} shards.",
-            why=f"It has {decoder.heads} heads, {kv} KV heads and an ffn of {decoder.ffn}.",
-            fix="Choose a number of shards that divides all three, or that its KV heads divide.",
-            field="shards",
-        )
-    return replace(
-        decoder,
-        heads=decoder.heads // shards,
-        kv_heads=max(1, kv // shards),
-        ffn=decoder.ffn // shards,
-        vocab=-(-decoder.vocab // shards),
-    )
-
-
 def fit(
     decoder: Decoder,
-    precision: Precision,
+    footprint: Footprint,
     *,
     device_bytes: int,
-    shards: int = 1,
-    step: StepSize | None = None,
+    sharding: Sharding | None = None,
 ) -> Fit:
     """Compute what each rank occupies and whether a useful KV cache is left.
 
     Raises:
         InvalidRequest: the model cannot be split so.
     """
-    part = shard(decoder, shards)
-    weights = weight_bytes(part, precision)
-    kv = kv_bytes_per_token(part, precision)
-    activations = activation_bytes(part, precision, step or StepSize())
-    tokens = max(0, (int(device_bytes * USABLE_SHARE) - weights - activations) // kv)
-    rank = Rank(
+    sharding = sharding or Sharding()
+    # Ranks of one stage hold shares of one size.
+    stages: dict[int, Rank] = {}
+    ranks: list[Rank] = []
+    for part in parts(decoder, sharding):
+        if part.stage not in stages:
+            stages[part.stage] = _rank(part, footprint, sharding, device_bytes)
+        ranks.append(stages[part.stage])
+    least = min(rank.kv_tokens_max for rank in ranks)
+    return Fit(ranks, fits=least >= footprint.kv_tokens_min(decoder))
+
+
+def _rank(part: Part, footprint: Footprint, sharding: Sharding, device_bytes: int) -> Rank:
+    weights, kv = footprint.weight_bytes(part), footprint.kv_bytes_per_token(part)
+    activations = footprint.activation_bytes(part, sharding)
+    left = int(device_bytes * USABLE_SHARE) - weights - activations
+    return Rank(
         weight_bytes=weights,
         kv_bytes_per_token=kv,
         activation_bytes=activations,
-        kv_tokens_max=tokens,
+        kv_tokens_max=max(0, left // kv),
     )
-    return Fit([rank] * shards, fits=tokens >= _tokens_needed(decoder))
 
 
 def require_fit(
-    decoder: Decoder, precision: Precision, *, device_bytes: int, shards: int = 1
+    decoder: Decoder,
+    footprint: Footprint,
+    *,
+    device_bytes: int,
+    sharding: Sharding | None = None,
 ) -> Fit:
     """Compute the fit, or refuse with the numbers that would do.
 
@@ -163,21 +236,27 @@ def require_fit(
         DoesNotFit: less than a useful KV cache is left.
         InvalidRequest: the model cannot be split so.
     """
-    found = fit(decoder, precision, device_bytes=device_bytes, shards=shards)
+    sharding = sharding or Sharding()
+    found = fit(decoder, footprint, device_bytes=device_bytes, sharding=sharding)
     if found.fits:
         return found
-    rank, tokens = found.ranks[0], _tokens_needed(decoder)
-    used = rank.weight_bytes + rank.activation_bytes + tokens * rank.kv_bytes_per_token
-    needed = math.ceil(used / USABLE_SHARE)
+    tokens = footprint.kv_tokens_min(decoder)
+    rank = max(found.ranks, key=lambda each: _used(each, tokens))
+    needed = math.ceil(_used(rank, tokens) / USABLE_SHARE)
     raise DoesNotFit(
-        f"The model in {precision} needs {needed:,} bytes a device; one has {device_bytes:,}.",
+        f"The model in {footprint.precision} needs {needed:,} bytes a device; "
+        f"one has {device_bytes:,}.",
         why=(
             f"Weights take {rank.weight_bytes:,}, a step {rank.activation_bytes:,} and "
             f"{tokens:,} tokens of KV {tokens * rank.kv_bytes_per_token:,}; "
             f"{1 - USABLE_SHARE:.0%} stays free."
         ),
-        fix=f"{_remedy(decoder, precision, device_bytes, shards)}a device of {needed:,} bytes.",
+        fix=f"{_remedy(decoder, footprint, device_bytes, sharding)}a device of {needed:,} bytes.",
     )
+
+
+def _used(rank: Rank, tokens: int) -> int:
+    return rank.weight_bytes + rank.activation_bytes + tokens * rank.kv_bytes_per_token
 
 
 def available_bytes() -> int:
@@ -215,24 +294,20 @@ def _field(path: Path, name: str) -> int | None:
     return None
 
 
-def _tokens_needed(decoder: Decoder) -> int:
-    return min(KV_TOKENS_MIN, decoder.context_tokens)
-
-
-def _remedy(decoder: Decoder, precision: Precision, device_bytes: int, shards: int) -> str:
-    """The smallest change of shards and of precision that fits, as the start of a sentence."""
+def _remedy(decoder: Decoder, footprint: Footprint, device_bytes: int, sharding: Sharding) -> str:
+    """The smallest change of the split and of precision that fits, as the start of a sentence."""
     offers: list[str] = []
-    for more in range(shards + 1, SHARDS_MAX + 1):
+    widest = min(_TP_OFFERED_MAX, RANKS_MAX // (sharding.pp * sharding.cp))
+    for tp in range(sharding.tp + 1, widest + 1):
+        wider = replace(sharding, tp=tp)
         try:
-            if fit(decoder, precision, device_bytes=device_bytes, shards=more).fits:
-                offers.append(f"--shards {more}")
+            if fit(decoder, footprint, device_bytes=device_bytes, sharding=wider).fits:
+                offers.append(f"--tp {tp}")
                 break
         except InvalidRequest:
             continue
-    for narrower in (Precision.INT8, Precision.INT4):
-        smaller = weight_bytes(decoder, narrower) < weight_bytes(decoder, precision)
-        fits = fit(decoder, narrower, device_bytes=device_bytes, shards=shards).fits
-        if smaller and fits:
-            offers.append(f"--precision {narrower}")
+    for narrower in footprint.narrower:
+        if fit(decoder, narrower, device_bytes=device_bytes, sharding=sharding).fits:
+            offers.append(f"--precision {narrower.precision}")
             break
     return f"Use {', or '.join(offers)}, or " if offers else "Use "

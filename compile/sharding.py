@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from headrace.serving.domain.artifact import Decoder, Sharding
+from headrace.serving.engine.native_weights import source_shapes
 from headrace.serving.errors import InvalidRequest
 
 RANKS_MAX = 512
@@ -74,6 +75,28 @@ def parts(decoder: Decoder, sharding: Sharding) -> Sequence[Part]:
             )
         )
     return found
+
+
+def held_shapes(part: Part) -> dict[str, tuple[int, ...]]:
+    """Canonical name to the shape of the rank's share of every tensor that it holds.
+
+    Layers keep their numbers over all stages. The first stage holds `embed`, the last one
+    `final_norm` and `lm_head`; where the head is tied, a last stage that is not the first holds
+    `embed` as well. Every rank holds `rope.inv_freq`.
+    """
+    ends = {
+        "embed": part.is_first or (part.is_last and part.decoder.tied),
+        "final_norm": part.is_last,
+        "lm_head": part.is_last,
+    }
+    held: dict[str, tuple[int, ...]] = {}
+    for name, shape in source_shapes(part.decoder).items():
+        if name.startswith("layers."):
+            _, index, rest = name.split(".", 2)
+            held[f"layers.{int(index) + part.first_layer}.{rest}"] = shape
+        elif ends.get(name, True):
+            held[name] = shape
+    return held
 
 
 def _require(decoder: Decoder, sharding: Sharding) -> None:

@@ -22,6 +22,18 @@ JSON_BYTES_MAX = 64 * 2**20
 """A config or tokenizer file larger than this is not one: the largest known has 35 MB."""
 
 
+class Described(Protocol):
+    """Something with a config: a checkpoint, or a config alone."""
+
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def config(self) -> Config:
+        """What `config.json` says, in `transformers`' words whatever the format."""
+        ...
+
+
 class Checkpoint(Protocol):
     """A model as its authors publish it. Tensor names are those of `transformers`."""
 

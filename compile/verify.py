@@ -8,11 +8,13 @@ measured goes into the manifest; outside the tolerance the artifact is never wri
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 
 import numpy as np
 
+from headrace.compile.host import fingerprint
 from headrace.compile.tensors import Array
-from headrace.serving.domain.artifact import Precision, Verification
+from headrace.serving.domain.artifact import Precision, Verification, VerifyMethod
 from headrace.serving.engine.base import Engine, Row
 from headrace.serving.engine.block_pool import SCRATCH_BLOCK
 from headrace.serving.errors import OutsideTolerance
@@ -51,6 +53,8 @@ TOLERANCES: Mapping[Precision, Tolerance] = {
     Precision.FP32: Tolerance(logit_error_max=1e-4, top1_min=0.995, perplexity_delta_max=1e-4),
     Precision.INT8: Tolerance(logit_error_max=0.20, top1_min=0.90, perplexity_delta_max=0.05),
     Precision.INT4: Tolerance(logit_error_max=0.65, top1_min=0.80, perplexity_delta_max=0.15),
+    Precision.BF16: Tolerance(logit_error_max=0.05, top1_min=0.95, perplexity_delta_max=0.02),
+    Precision.FP8: Tolerance(logit_error_max=0.30, top1_min=0.85, perplexity_delta_max=0.08),
 }
 
 
@@ -101,10 +105,49 @@ def verify(
     Raises:
         OutsideTolerance: the engine differs more than its precision may.
     """
-    ours = _decode(engine, prompts)
-    chunked = _prefill(engine, prompts)
+    return compare(
+        step_through(engine, prompts),
+        prompts,
+        references,
+        precision=precision,
+        reference=reference,
+        method=VerifyMethod.ENGINE,
+    )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Stepped:
+    """What an engine made of the prompts."""
+
+    decoded: Sequence[Array]
+    """Of each prompt, (tokens, vocab) float32, stepped side by side, a token at a time."""
+    chunked: Sequence[Array]
+    """Of each prompt's last position, (vocab,), stepped in two chunks."""
+
+
+def step_through(engine: Engine, prompts: Sequence[Sequence[int]]) -> Stepped:
+    """Step the engine as serving would; see `verify`."""
+    return Stepped(_decode(engine, prompts), _prefill(engine, prompts))
+
+
+def compare(
+    stepped: Stepped,
+    prompts: Sequence[Sequence[int]],
+    references: Iterable[Array],
+    *,
+    precision: Precision,
+    reference: str,
+    method: VerifyMethod,
+) -> Verification:
+    """Judge logits that were stepped before, perhaps in another process; see `verify`.
+
+    Raises:
+        OutsideTolerance: they differ more than their precision may.
+    """
     tally = _Tally()
-    for logits, last, expected, prompt in zip(ours, chunked, references, prompts, strict=True):
+    for logits, last, expected, prompt in zip(
+        stepped.decoded, stepped.chunked, references, prompts, strict=True
+    ):
         tally.add(logits, expected, prompt)
         tally.largest = max(tally.largest, float(np.abs(last - expected[-1]).max()))
         tally.error_squares += float(np.square(last - expected[-1]).mean())
@@ -118,8 +161,12 @@ def verify(
         perplexity=math.exp(tally.surprise / tally.predicted),
         perplexity_reference=math.exp(tally.surprise_reference / tally.predicted),
         tolerance=str(TOLERANCES[precision]),
+        method=method,
+        # Both methods compute on the CPU of whoever builds.
+        host=f"{fingerprint()} cpu",
+        verified_at=datetime.now(UTC).isoformat(timespec="seconds"),
     )
-    _require(found, TOLERANCES[precision], precision, vocab=engine.limits.vocab)
+    _require(found, TOLERANCES[precision], precision, vocab=stepped.chunked[0].shape[-1])
     return found
 
 

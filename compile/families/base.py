@@ -2,8 +2,9 @@
 
 The canonical tensor names, which exporters and quantisers share whatever the checkpoint calls them:
 `embed`, `layers.{i}.attn_norm`, `.q` `.k` `.v` (`.q_bias` `.k_bias` `.v_bias`), `.q_norm`
-`.k_norm`, `.o` (`.o_bias`), `.mlp_norm`, `.gate` `.up` `.down`, `final_norm`, `lm_head` where it
-is not tied to `embed`, and `rope.inv_freq`. Matrices are (out, in), as checkpoints store them.
+`.k_norm`, `.o` (`.o_bias`), `.mlp_norm`, `.gate` `.up` `.down` or, of a mixture, `.router` and
+`.experts.{j}.gate` `.up` `.down`, `final_norm`, `lm_head` where it is not tied to `embed`, and
+`rope.inv_freq`. Matrices are (out, in), as checkpoints store them.
 """
 
 from collections.abc import Iterator, Mapping
@@ -13,14 +14,14 @@ from typing import Protocol
 import numpy as np
 
 from headrace.compile.families.rope import ROPE_TENSOR
-from headrace.compile.tensors import Array, Checkpoint, Config, unreadable
+from headrace.compile.tensors import Array, Checkpoint, Config, Described, unreadable
 from headrace.serving.domain.artifact import Decoder
 from headrace.serving.errors import UnsupportedModel
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Model:
-    """A recognised checkpoint: what to build, before any weight was read."""
+    """A recognised model: what to build, before any weight was read."""
 
     family: str
     decoder: Decoder
@@ -33,12 +34,21 @@ class Model:
 class Family(Protocol):
     """A group of architectures that one module computes."""
 
-    def describe(self, checkpoint: Checkpoint) -> Model | None:
-        """State the facts, or None where the architecture is another family's.
+    def state(self, source: Described) -> Model | None:
+        """State the facts from the config alone, or None where another family's is named.
 
         Raises:
             UnsupportedModel: ours, but with a feature that is not computed.
-            CheckpointUnreadable: facts are missing, or tensors do not have the shapes they imply.
+            CheckpointUnreadable: facts are missing or contradict each other.
+        """
+        ...
+
+    def check(self, checkpoint: Checkpoint, model: Model) -> None:
+        """Compare the checkpoint's tensors with what its config was stated to be.
+
+        Raises:
+            UnsupportedModel: there is a tensor that is not computed with.
+            CheckpointUnreadable: one is missing, or has another shape than the facts imply.
         """
         ...
 
@@ -63,7 +73,7 @@ class Weights(Mapping[str, Array]):
         return len(self._model.names) + 1
 
 
-def integer(config: Config, key: str, *, of: Checkpoint, default: int | None = None) -> int:
+def integer(config: Config, key: str, *, of: Described, default: int | None = None) -> int:
     """A positive whole number from the config.
 
     Raises:
@@ -76,7 +86,7 @@ def integer(config: Config, key: str, *, of: Checkpoint, default: int | None = N
     return value
 
 
-def number(config: Config, key: str, *, of: Checkpoint, default: float | None = None) -> float:
+def number(config: Config, key: str, *, of: Described, default: float | None = None) -> float:
     """A positive finite number from the config.
 
     Raises:
@@ -89,10 +99,10 @@ def number(config: Config, key: str, *, of: Checkpoint, default: float | None = 
     return float(value)
 
 
-def unsupported(checkpoint: Checkpoint, feature: str) -> UnsupportedModel:
+def unsupported(source: Described, feature: str) -> UnsupportedModel:
     """The refusal of a model that has `feature`."""
     return UnsupportedModel(
-        f"The checkpoint {checkpoint.path} uses {feature}.",
+        f"The model {source.path} uses {feature}.",
         why="It would be computed wrongly: no family here knows it.",
-        fix="Compile a dense Llama, Qwen2, Qwen2.5 or Qwen3 model without it.",
+        fix="Compile a Llama, Qwen2, Qwen2.5 or Qwen3 model without it.",
     )

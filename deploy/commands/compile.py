@@ -3,18 +3,20 @@
 import argparse
 import json
 import re
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
+from itertools import groupby
 from pathlib import Path
 
-from headrace.compile.memory import Fit
+from headrace.compile.estimate import Estimate
+from headrace.compile.memory import Rank
 from headrace.compile.pipeline import Built, Order, compile_model, plan
 from headrace.compile.progress import Silent, bars
+from headrace.compile.targets import TARGETS, default_precision
 from headrace.serving.config import Config, cores
-from headrace.serving.domain.artifact import Precision
+from headrace.serving.domain.artifact import Precision, Profile, Sharding
 from headrace.serving.errors import InvalidRequest
-
-TARGETS = ("cpu", "rtx", "h200")
 
 _AMOUNT = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]i?)?B?", re.IGNORECASE)
 _UNITS = {
@@ -32,19 +34,36 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "so and does nothing.",
     )
     parser.add_argument(
-        "source", metavar="NAME|PATH", help="a pulled model, a checkpoint folder, or a .gguf file"
+        "source",
+        metavar="NAME|PATH",
+        help="a pulled model, a checkpoint folder, or a .gguf file; with --config-only a published "
+        "config's name, as qwen3-32b, or a config.json",
     )
     parser.add_argument("--target", choices=TARGETS, default="cpu", help="default: cpu")
     parser.add_argument(
-        "--precision", choices=[p.value for p in Precision], default="int8", help="default: int8"
+        "--precision",
+        choices=[p.value for p in Precision],
+        help="cpu: fp32, int8 (default), int4; rtx, h200, h100, b200: bf16 (default), fp8, int4",
     )
     parser.add_argument("--name", help="what the model is called (default: the source's name)")
     parser.add_argument(
-        "--device-memory", metavar="SIZE", help="of one device, as 24GiB (default: available here)"
+        "--device-memory",
+        metavar="SIZE",
+        help="of one device, as 24GiB (default: the target's; cpu: available here)",
     )
-    parser.add_argument("--shards", type=int, default=1, help="devices to split over (default: 1)")
+    for flag, what in (
+        ("--tp", "heads, ffn and vocabulary"),
+        ("--pp", "layers"),
+        ("--cp", "tokens"),
+    ):
+        parser.add_argument(
+            flag, type=int, default=1, metavar="N", help=f"devices to split {what} over"
+        )
     parser.add_argument(
         "--dry-run", action="store_true", help="say what it would occupy; build nothing"
+    )
+    parser.add_argument(
+        "--config-only", action="store_true", help="plan from the config, without weights"
     )
     parser.add_argument("--home", type=Path, help="state folder (default: HEADRACE_HOME)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -55,11 +74,12 @@ def run(args: argparse.Namespace) -> int:
     config = Config.load(args.home)
     order = Order(
         source=args.source,
-        precision=Precision(args.precision),
+        precision=Precision(args.precision or default_precision(args.target)),
         target=args.target,
         name=args.name,
         device_bytes=None if args.device_memory is None else parse_bytes(args.device_memory),
-        shards=args.shards,
+        sharding=Sharding(tp=args.tp, pp=args.pp, cp=args.cp),
+        is_config_only=args.config_only,
         threads=cores(),
     )
     if args.dry_run:
@@ -94,20 +114,62 @@ def parse_bytes(text: str) -> int:
 def _dry_run(order: Order, home: Path, *, as_json: bool) -> int:
     found = plan(order, home=home)
     if as_json:
-        print(json.dumps({"ranks": [asdict(rank) for rank in found.ranks], "fits": found.fits}))
-        return 0 if found.fits else 3
-    _show_fit(found)
+        print(json.dumps(_estimate_as_json(found)))
+    else:
+        _show_estimate(found)
     return 0 if found.fits else 3
 
 
-def _show_fit(found: Fit) -> None:
-    rank = found.ranks[0]
-    print(f"ranks        {len(found.ranks):>16,}")
-    print(f"weights      {rank.weight_bytes:>16,} bytes a rank")
-    print(f"activations  {rank.activation_bytes:>16,} bytes")
-    print(f"KV cache     {rank.kv_bytes_per_token:>16,} bytes a token")
-    print(f"room for     {rank.kv_tokens_max:>16,} tokens")
+def _estimate_as_json(found: Estimate) -> dict[str, object]:
+    stated = asdict(found)
+    return {**stated.pop("fit"), **stated}
+
+
+def _show_estimate(found: Estimate) -> None:
+    split = found.sharding
+    print(
+        f"{found.precision} for {found.target}: {split.ranks} rank{'s' * (split.ranks > 1)} "
+        f"(tp {split.tp}, pp {split.pp}, cp {split.cp}) of {found.device_bytes:,} bytes"
+    )
+    if found.compute_capabilities:
+        print(f"compute capability {', '.join(found.compute_capabilities)}")
+    for part in found.components:
+        print(f"{part.name:<13}{part.parameters:>18,} values {part.weight_bytes:>18,} bytes")
+    for numbers, rank in _distinct(found.fit.ranks):
+        print(f"\n{numbers}")
+        print(f"weights      {rank.weight_bytes:>18,} bytes")
+        print(f"activations  {rank.activation_bytes:>18,} bytes")
+        if rank.kv_bytes_per_token:
+            print(f"KV cache     {rank.kv_bytes_per_token:>18,} bytes a token")
+            print(f"room for     {rank.kv_tokens_max:>18,} tokens")
+    if found.profiles:
+        print()
+        for profile in found.profiles:
+            print(f"{profile.name:<13}{_range(profile)}")
+        print(f"plan files   {sum(found.plan_bytes):>18,} bytes together")
+    if found.cache_tokens:
+        rows = found.fit.kv_tokens // found.cache_tokens
+        print(f"KV tokens    {found.fit.kv_tokens:>18,}: {rows:,} rows of {found.cache_tokens:,}")
+    for note in found.notes:
+        print(note)
     print("It fits." if found.fits else "It does not fit.")
+
+
+def _distinct(ranks: Sequence[Rank]) -> Iterator[tuple[str, Rank]]:
+    """Ranks that occupy the same, together: their numbers as "ranks 0-3", and one of them."""
+    for _, group in groupby(enumerate(ranks), key=lambda entry: entry[1]):
+        members = list(group)
+        first, last = members[0][0], members[-1][0]
+        yield (f"rank {first}" if first == last else f"ranks {first}-{last}"), members[0][1]
+
+
+def _range(profile: Profile) -> str:
+    """For example "rows 2 to 8, tokens 1"."""
+    sizes = {"rows": profile.rows, "tokens": profile.tokens}
+    return ", ".join(
+        f"{name} {least}" if least == most else f"{name} {least} to {most}"
+        for name, (least, _, most) in sizes.items()
+    )
 
 
 def _show(built: Built) -> None:

@@ -55,7 +55,11 @@ class Weight:
 
 
 def source_shapes(decoder: Decoder) -> dict[str, tuple[int, ...]]:
-    """Canonical name to shape of every tensor of the model: [outputs, inputs], or a vector."""
+    """Canonical name to shape of every tensor of the model: [outputs, inputs], or a vector.
+
+    A mixture of E experts has `layers.{i}.router` [E, H] and `layers.{i}.experts.{j}.gate|up|down`
+    in place of the MLP; the native engine itself computes dense models only.
+    """
     hidden, head = decoder.hidden, decoder.head_dim
     q, kv = decoder.heads * head, decoder.kv_heads * head
     shapes: dict[str, tuple[int, ...]] = {
@@ -72,10 +76,13 @@ def source_shapes(decoder: Decoder) -> dict[str, tuple[int, ...]]:
         "k": (kv, hidden),
         "v": (kv, hidden),
         "o": (hidden, q),
-        "gate": (decoder.ffn, hidden),
-        "up": (decoder.ffn, hidden),
-        "down": (hidden, decoder.ffn),
     }
+    if decoder.experts:
+        layer["router"] = (decoder.experts, hidden)
+        for j in range(decoder.experts):
+            layer |= _mlp_shapes(f"experts.{j}.", hidden, decoder.expert_ffn)
+    else:
+        layer |= _mlp_shapes("", hidden, decoder.ffn)
     if decoder.qk_norm:
         layer |= {"q_norm": (head,), "k_norm": (head,)}
     if decoder.qkv_bias:
@@ -85,6 +92,14 @@ def source_shapes(decoder: Decoder) -> dict[str, tuple[int, ...]]:
     for i in range(decoder.layers):
         shapes |= {f"layers.{i}.{name}": shape for name, shape in layer.items()}
     return shapes
+
+
+def _mlp_shapes(prefix: str, hidden: int, ffn: int) -> dict[str, tuple[int, ...]]:
+    return {
+        f"{prefix}gate": (ffn, hidden),
+        f"{prefix}up": (ffn, hidden),
+        f"{prefix}down": (hidden, ffn),
+    }
 
 
 def tensor_layout(

@@ -46,7 +46,7 @@ def test_a_dry_run_builds_nothing(
 ) -> None:
     order = ["compile", source, "--dry-run", "--json", "--home", str(tmp_path / "home")]
 
-    assert main([*order, "--shards", "2", "--device-memory", "1GiB"]) == 0
+    assert main([*order, "--tp", "2", "--device-memory", "1GiB"]) == 0
 
     found = json.loads(capsys.readouterr().out)
     assert found["fits"] is True

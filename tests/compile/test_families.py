@@ -116,7 +116,7 @@ def changed(checkpoint: Callable[[str], Path], tmp_path: Path) -> Callable[..., 
         ("llama", {"mlp_bias": True}, "bias in the MLP"),
         ("llama", {"hidden_act": "gelu"}, "'gelu'"),
         ("llama", {"quantization_config": {"quant_method": "gptq"}}, "quantised already"),
-        ("llama", {"architectures": ["Qwen3MoeForCausalLM"]}, "Qwen3MoeForCausalLM"),
+        ("llama", {"architectures": ["MixtralForCausalLM"]}, "MixtralForCausalLM"),
         ("llama with biases", {"attention_bias": False}, r"self_attn\.\w_proj\.bias"),
     ],
 )

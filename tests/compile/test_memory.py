@@ -3,15 +3,16 @@
 import pytest
 
 from headrace.compile.memory import (
+    CpuFootprint,
     StepSize,
     activation_bytes,
     available_bytes,
     fit,
-    kv_bytes_per_token,
     require_fit,
     weight_bytes,
 )
-from headrace.serving.domain.artifact import Decoder, Precision
+from headrace.serving.domain.artifact import Decoder, Precision, Sharding
+from headrace.serving.engine.native_weights import source_shapes
 from headrace.serving.errors import DoesNotFit, InvalidRequest
 
 SMOLLM2 = Decoder(
@@ -43,6 +44,7 @@ QWEN3_8B = Decoder(
     context_tokens=40_960,
 )
 GIB = 2**30
+FP32, INT8 = CpuFootprint(Precision.FP32), CpuFootprint(Precision.INT8)
 
 
 @pytest.mark.parametrize(
@@ -55,12 +57,14 @@ GIB = 2**30
     ],
 )
 def test_weights_of_published_models(decoder: Decoder, precision: Precision, expected: int) -> None:
-    assert weight_bytes(decoder, precision) == expected
+    assert weight_bytes(source_shapes(decoder), precision) == expected
 
 
 def test_a_token_keeps_a_key_and_a_value_in_each_layer() -> None:
     """2 x 30 layers x 3 heads x 64 values x 4 bytes."""
-    assert kv_bytes_per_token(SMOLLM2, Precision.FP32) == 46_080
+    (rank,) = fit(SMOLLM2, FP32, device_bytes=GIB).ranks
+
+    assert rank.kv_bytes_per_token == 46_080
 
 
 def test_a_step_of_the_onnx_engine_holds_its_scores() -> None:
@@ -72,8 +76,8 @@ def test_a_step_of_the_onnx_engine_holds_its_scores() -> None:
 
 
 def test_two_ranks_share_weights_and_cache() -> None:
-    one = fit(QWEN3_8B, Precision.FP32, device_bytes=80 * GIB).ranks[0]
-    two = fit(QWEN3_8B, Precision.FP32, device_bytes=80 * GIB, shards=2).ranks
+    one = fit(QWEN3_8B, FP32, device_bytes=80 * GIB).ranks[0]
+    two = fit(QWEN3_8B, FP32, device_bytes=80 * GIB, sharding=Sharding(tp=2)).ranks
 
     assert len(two) == 2
     assert two[0].kv_bytes_per_token * 2 == one.kv_bytes_per_token
@@ -81,35 +85,35 @@ def test_two_ranks_share_weights_and_cache() -> None:
 
 
 def test_more_ranks_than_kv_heads_hold_them_twice() -> None:
-    eight = fit(QWEN3_8B, Precision.FP32, device_bytes=80 * GIB, shards=8).ranks[0]
-    sixteen = fit(QWEN3_8B, Precision.FP32, device_bytes=80 * GIB, shards=16).ranks[0]
+    eight = fit(QWEN3_8B, FP32, device_bytes=80 * GIB, sharding=Sharding(tp=8)).ranks[0]
+    sixteen = fit(QWEN3_8B, FP32, device_bytes=80 * GIB, sharding=Sharding(tp=16)).ranks[0]
 
     assert eight.kv_bytes_per_token == sixteen.kv_bytes_per_token
 
 
-def test_a_refusal_names_the_shards_that_would_do() -> None:
+def test_a_refusal_names_the_split_that_would_do() -> None:
     with pytest.raises(DoesNotFit) as refusal:
-        require_fit(QWEN3_8B, Precision.FP32, device_bytes=24 * GIB)
+        require_fit(QWEN3_8B, FP32, device_bytes=24 * GIB)
 
-    assert "--shards 2" in refusal.value.fix
+    assert "--tp 2" in refusal.value.fix
     assert "--precision int8" in refusal.value.fix
-    assert fit(QWEN3_8B, Precision.FP32, device_bytes=24 * GIB, shards=2).fits
-    assert fit(QWEN3_8B, Precision.INT8, device_bytes=24 * GIB).fits
+    assert fit(QWEN3_8B, FP32, device_bytes=24 * GIB, sharding=Sharding(tp=2)).fits
+    assert fit(QWEN3_8B, INT8, device_bytes=24 * GIB).fits
 
 
 def test_a_refusal_names_the_memory_that_would_do() -> None:
     with pytest.raises(DoesNotFit) as refusal:
-        require_fit(SMOLLM2, Precision.INT8, device_bytes=10 * 2**20)
+        require_fit(SMOLLM2, INT8, device_bytes=10 * 2**20)
 
     needed = int(refusal.value.fix.split()[-2].replace(",", ""))
-    assert fit(SMOLLM2, Precision.INT8, device_bytes=needed).fits
-    assert not fit(SMOLLM2, Precision.INT8, device_bytes=needed - 2**20).fits
+    assert fit(SMOLLM2, INT8, device_bytes=needed).fits
+    assert not fit(SMOLLM2, INT8, device_bytes=needed - 2**20).fits
 
 
-@pytest.mark.parametrize("shards", [0, -1, 2, 5])
-def test_heads_that_do_not_divide_are_refused(shards: int) -> None:
-    with pytest.raises(InvalidRequest, match="cannot be split"):
-        fit(SMOLLM2, Precision.INT8, device_bytes=GIB, shards=shards)
+@pytest.mark.parametrize("tp", [0, -1, 2, 5])
+def test_heads_that_do_not_divide_are_refused(tp: int) -> None:
+    with pytest.raises(InvalidRequest, match="split"):
+        fit(SMOLLM2, INT8, device_bytes=GIB, sharding=Sharding(tp=tp))
 
 
 def test_this_machine_has_some_memory() -> None:

@@ -1,0 +1,34 @@
+"""Which sizes of step a plan is optimised for: chunks of one prompt, and rows of one token each."""
+
+from headrace.serving.domain.artifact import Profile
+
+ROWS_MAX = 32
+CHUNK = 512
+"""Tokens of a prompt that one step takes. Both are the engines' own defaults."""
+
+_BUCKETS = (1, 8, 32)
+"""Rows of a decode step. A kernel is chosen for each bucket's largest: a few buckets serve a lone
+conversation and a full engine well, and each one more makes the build longer."""
+
+
+def default_profiles(
+    rows_max: int = ROWS_MAX, chunk: int = CHUNK, *, cp: int = 1
+) -> tuple[Profile, ...]:
+    """The prefill profile, then one for each bucket of decode rows.
+
+    Under context parallelism the tokens of a step are dealt out evenly: the least and the most of
+    each profile are rounded up to multiples of `cp`.
+    """
+    chunk = _up(chunk, cp)
+    profiles = [Profile(name="prefill", rows=(1, 1, 1), tokens=(_up(1, cp), chunk, chunk))]
+    edges = {_up(min(bucket, rows_max), cp) for bucket in _BUCKETS} | {_up(rows_max, cp)}
+    before = 0
+    for rows in sorted(edges):
+        least = _up(before + 1, cp)
+        profiles.append(Profile(name=f"decode_{rows}", rows=(least, rows, rows), tokens=(1, 1, 1)))
+        before = rows
+    return tuple(profiles)
+
+
+def _up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple

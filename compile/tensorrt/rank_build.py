@@ -1,0 +1,216 @@
+"""One rank's network to a plan, in the process that calls it.
+
+Used by `build_worker.py`: TensorRT holds several times the weights while it builds and may be
+killed for memory, or crash, and neither may take the caller along.
+"""
+
+import json
+import resource
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from headrace.compile.tensorrt.decoder_network import Linear, Plan, Tensors, write_decoder
+from headrace.compile.tensorrt.inspection import digest, inspect
+from headrace.compile.tensorrt.network import DYNAMIC, Network
+from headrace.serving.domain.artifact import Profile
+from headrace.serving.engine import plan_io
+from headrace.serving.errors import UnsupportedModel
+
+FLAGS: Mapping[str, Sequence[str]] = {
+    "weight_streaming": ("WEIGHT_STREAMING",),
+    # REFIT of all weights at once needs a driver in TensorRT-RTX; named weights do not.
+    "refit": ("REFIT_INDIVIDUAL",),
+}
+"""What a manifest's flag is to the builder."""
+
+_ERRORS_KEPT = 20
+_NOT_FUSED = "not supported by a dedicated kernel"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankOrder:
+    """What is to be built."""
+
+    plan: Plan
+    profiles: Sequence[Profile]
+    compute_capabilities: Sequence[str]
+    """As "8.9"; empty takes the library's own choice."""
+    flags: Sequence[str]
+    timing_cache: Path | None
+    """Read before and written after, where the library keeps one."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankBuilt:
+    """What came of it, beside the plan's file."""
+
+    plan_bytes: int
+    weight_bytes: int
+    graph_digest: str
+    seconds: float
+    peak_rss_bytes: int
+
+
+def log_file(rank: int) -> str:
+    return f"rank-{rank}.build.log"
+
+
+def build_rank(
+    trt: Any,
+    order: RankOrder,
+    tensors: Tensors,
+    *,
+    folder: Path,
+    log: TextIO,
+    linear: Linear,
+    advance: Callable[[str, int, int], None],
+) -> RankBuilt:
+    """Write `rank-N.plan` and `rank-N.network.json` into `folder`.
+
+    Args:
+        trt: the library's module.
+        order: what to build.
+        tensors: the whole model's.
+        folder: exists.
+        log: gets every line of TensorRT's.
+        linear: how the layers' matrices are held.
+        advance: told of the builder's phases: name, step, steps.
+
+    Raises:
+        UnsupportedModel: TensorRT does not build this network; its own words say why.
+    """
+    started = time.perf_counter()
+    logger = _logger(trt, log)
+    builder = trt.Builder(logger)
+    strongly_typed = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+    net = Network(trt, builder.create_network(strongly_typed))
+    write_decoder(net, order.plan, tensors, linear)
+    found = inspect(net)
+    config = _configured(trt, builder, order, advance)
+    for profile in order.profiles:
+        config.add_optimization_profile(_profile(builder, net, profile))
+    plan = builder.build_serialized_network(net.definition, config)
+    if plan is None:
+        raise _refused(order, logger.errors)
+    rank = order.plan.part.rank
+    with (folder / plan_io.plan_file(rank)).open("wb") as file:
+        file.write(plan)
+    _keep_timings(config, order.timing_cache)
+    built = RankBuilt(
+        plan_bytes=plan.nbytes,
+        weight_bytes=found["summary"]["constant_bytes"],
+        graph_digest=digest(found),
+        seconds=time.perf_counter() - started,
+        peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    )
+    text = json.dumps({"digest": built.graph_digest, **found}, separators=(",", ":"))
+    (folder / plan_io.inspection_file(rank)).write_text(text + "\n", "utf-8")
+    return built
+
+
+def _configured(
+    trt: Any, builder: Any, order: RankOrder, advance: Callable[[str, int, int], None]
+) -> Any:
+    config = builder.create_builder_config()
+    for flag in order.flags:
+        for name in FLAGS[flag]:
+            config.set_flag(getattr(trt.BuilderFlag, name))
+    # TensorRT builds for the device it runs on; TensorRT-RTX for those that it is told.
+    if order.compute_capabilities and hasattr(config, "set_compute_capability"):
+        config.num_compute_capabilities = len(order.compute_capabilities)
+        for index, capability in enumerate(order.compute_capabilities):
+            kind = getattr(trt.ComputeCapability, "SM" + capability.replace(".", ""))
+            config.set_compute_capability(kind, index)
+    config.progress_monitor = _monitor(trt, advance)
+    cache = order.timing_cache
+    if cache is not None:
+        stored = cache.read_bytes() if cache.is_file() else b""
+        config.set_timing_cache(config.create_timing_cache(stored), ignore_mismatch=False)
+    return config
+
+
+def _profile(builder: Any, net: Network, profile: Profile) -> Any:
+    """The sizes of every input: axis 0 is rows, any other open axis is tokens."""
+    made = builder.create_optimization_profile()
+    for index in range(net.definition.num_inputs):
+        tensor = net.definition.get_input(index)
+        sizes = [
+            tuple(
+                size if size != DYNAMIC else (rows if axis == 0 else tokens)
+                for axis, size in enumerate(tensor.shape)
+            )
+            for rows, tokens in zip(profile.rows, profile.tokens, strict=True)
+        ]
+        made.set_shape(tensor.name, *sizes)
+    return made
+
+
+def _keep_timings(config: Any, cache: Path | None) -> None:
+    if cache is None:
+        return
+    beside = cache.with_suffix(".new")
+    beside.write_bytes(config.get_timing_cache().serialize())
+    beside.replace(cache)
+
+
+def _refused(order: RankOrder, errors: Sequence[str]) -> UnsupportedModel:
+    facts, part = order.plan.part.decoder, order.plan.part
+    said = errors[-1] if errors else "It gave no reason; the build log may."
+    if any(_NOT_FUSED in each for each in errors):
+        return UnsupportedModel(
+            f"TensorRT has no fused attention for rank {part.rank}: {facts.heads} heads and "
+            f"{facts.kv_heads} KV heads of {facts.head_dim}.",
+            why=f"It would have to compute it piece by piece, which is never done. It said: {said}",
+            fix="Choose a smaller --tp: four heads a rank or more are known to be served.",
+        )
+    return UnsupportedModel(
+        f"TensorRT did not build rank {part.rank}.",
+        why=f"It said: {said}",
+        fix="Read the build log; choose another precision, target or split.",
+    )
+
+
+def _logger(trt: Any, log: TextIO) -> Any:
+    """An ILogger that writes every line and keeps the last errors."""
+
+    class Logger(trt.ILogger):
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.errors: deque[str] = deque(maxlen=_ERRORS_KEPT)
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity == trt.ILogger.VERBOSE:
+                return
+            log.write(f"{severity.name} {message}\n")
+            if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
+                self.errors.append(message)
+
+    return Logger()
+
+
+def _monitor(trt: Any, advance: Callable[[str, int, int], None]) -> Any:
+    """An IProgressMonitor that passes on the outermost phase."""
+
+    class Monitor(trt.IProgressMonitor):
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self._steps: dict[str, int] = {}
+
+        def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
+            if parent is None:
+                self._steps[phase] = steps
+                advance(phase, 0, steps)
+
+        def phase_finish(self, phase: str) -> None:
+            self._steps.pop(phase, None)
+
+        def step_complete(self, phase: str, step: int) -> bool:
+            if phase in self._steps:
+                advance(phase, step, self._steps[phase])
+            return True
+
+    return Monitor()
