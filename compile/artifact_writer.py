@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
+from headrace.compile.artifact_key import ArtifactKey, graph_digest, weights_digest
 from headrace.compile.families.base import Model, Weights
 from headrace.compile.quantize import WEIGHTS_FILE, quantize_decoder
 from headrace.compile.tensors import Checkpoint, Config, read_json, sha256_of, unreadable
@@ -14,12 +15,21 @@ from headrace.serving.domain.artifact import (
     Manifest,
     Precision,
     Verification,
+    VerifyMethod,
 )
-from headrace.serving.engine.onnx_engine import GRAPH_FILE
+from headrace.serving.engine.onnx_engine import GRAPH_FILE, GRAPH_VERSION
 from headrace.serving.errors import UnsupportedModel
 
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 _REASONING = ("<think>", "</think>")
+
+_FAMILY_CODE = tuple(f"headrace.compile.families.{name}" for name in ("base", "qwen", "rope"))
+_ONNX_CODE = ("headrace.compile.export", "headrace.compile.families.decoder", *_FAMILY_CODE)
+_NATIVE_CODE = (
+    "headrace.compile.quantize",
+    "headrace.serving.engine.native_weights",
+    *_FAMILY_CODE,
+)
 
 UNVERIFIED = Verification(
     reference="none yet",
@@ -29,6 +39,7 @@ UNVERIFIED = Verification(
     perplexity=1.0,
     perplexity_reference=1.0,
     tolerance="none yet",
+    method=VerifyMethod.NONE,
 )
 """What a manifest says while its engine is being verified, in a folder that nobody else sees."""
 
@@ -37,11 +48,34 @@ UNVERIFIED = Verification(
 class Identity:
     """What an artifact is, apart from its content."""
 
-    artifact_id: str
+    key: ArtifactKey
     model: str
-    target: str
-    precision: Precision
     source: str
+
+    @property
+    def artifact_id(self) -> str:
+        return self.key.artifact_id
+
+    @property
+    def target(self) -> str:
+        return self.key.target
+
+    @property
+    def precision(self) -> Precision:
+        return self.key.precision
+
+
+def cpu_key(checkpoint: Checkpoint, model: Model, precision: Precision) -> ArtifactKey:
+    """What decides an artifact of the target cpu. Reads every file of the checkpoint."""
+    code = _ONNX_CODE if precision is Precision.FP32 else _NATIVE_CODE
+    facts = {"family": model.family, "decoder": model.decoder, "contract": GRAPH_VERSION}
+    return ArtifactKey(
+        weights_digest=weights_digest(checkpoint),
+        graph_digest=graph_digest(code, facts),
+        target="cpu",
+        libraries=built_with(precision),
+        precision=precision,
+    )
 
 
 def write_engine(
@@ -86,7 +120,9 @@ def write_engine(
         weight_bytes=weight_bytes,
         verification=UNVERIFIED,
         source=identity.source,
-        built_with=built_with(identity.precision),
+        built_with=identity.key.libraries,
+        weights_digest=identity.key.weights_digest,
+        graph_digest=identity.key.graph_digest,
         files={
             file.name: sha256_of(file)
             for file in sorted(folder.iterdir())

@@ -3,12 +3,11 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from hashlib import sha256
 from pathlib import Path
 
 from headrace.compile.artifact_writer import (
     Identity,
-    built_with,
+    cpu_key,
     require_target,
     write_engine,
     write_manifest,
@@ -29,28 +28,23 @@ from headrace.compile.memory import require_fit, weight_bytes
 from headrace.compile.progress import Progressing, Silent
 from headrace.compile.published import open_config, published_names
 from headrace.compile.pull import SOURCE_FILE, checkpoint_folder, pull
-from headrace.compile.quantize import file_layout, source_shapes
+from headrace.compile.quantize import source_shapes
+from headrace.compile.signing import SigningKey, signing_key
 from headrace.compile.storage import locked, require_room, staged
 from headrace.compile.store import Store, check_name
 from headrace.compile.targets import require_precision
-from headrace.compile.tensors import Checkpoint, read_json, sha256_of, unreadable
+from headrace.compile.tensors import Checkpoint, read_json, unreadable
 from headrace.compile.verify import TEXT_TOKENS_MAX, verify
-from headrace.compile.verify_texts import TEXTS, TEXTS_VERSION
+from headrace.compile.verify_texts import TEXTS
 from headrace.serving.domain.artifact import (
-    MANIFEST_VERSION,
-    Decoder,
     Manifest,
     Precision,
     Sharding,
     Verification,
 )
-from headrace.serving.engine.loader import load_engine, read_manifest, verify_files
-from headrace.serving.engine.onnx_engine import GRAPH_VERSION
+from headrace.serving.engine.loader import open_engine, signed_manifest, verify_files
 from headrace.serving.errors import ArtifactTampered, UnsupportedModel
 from headrace.serving.tokenizer import Tokenizer
-
-FORMAT_VERSION = 1
-"""Raised when the same input is to give other files, so that old builds are not taken for new."""
 
 _TOKENIZER_BYTES = 64 * 2**20
 """Room beside the weights: tokenizer, graph, manifest."""
@@ -82,8 +76,12 @@ class Built:
 
     folder: Path
     manifest: Manifest
+    model: str
+    """The name that leads to it, which need not be the one it was first built under."""
+    version: int
+    """Of that model; it is current of its variant."""
     is_new: bool
-    """False: the same input had been built before, and nothing was done."""
+    """False: the same input had been built before, and nothing was built."""
     seconds: float
 
 
@@ -125,7 +123,7 @@ def compile_model(order: Order, *, home: Path, progress: Progressing | None = No
 
     Args:
         order: what to compile.
-        home: has `checkpoints` and gets `artifacts`, `names` and `locks`.
+        home: has `checkpoints` and gets `artifacts`, `names`, `keys`, `trust` and `locks`.
         progress: told of every stage.
 
     Raises:
@@ -134,6 +132,7 @@ def compile_model(order: Order, *, home: Path, progress: Progressing | None = No
         InvalidRequest: the target does not serve the precision.
         OutsideTolerance: the engine differs too much from the reference; nothing was written.
         StorageFull: the disk has no room; nothing was written.
+        ArtifactUntrusted: it is here already, signed with a key that is not trusted.
     """
     started, progress, store = time.perf_counter(), progress or Silent(), Store(home)
     require_precision(order.target, order.precision)
@@ -162,11 +161,14 @@ def compile_model(order: Order, *, home: Path, progress: Progressing | None = No
         manifest = _existing(place)
         is_new = manifest is None
         if manifest is None:
-            manifest = _build(checkpoint, model, identity, place, order.threads, progress)
-        store.register(manifest)
+            key = signing_key(home)
+            manifest = _build(checkpoint, model, identity, place, order.threads, key, progress)
+        version = store.register(manifest, model=identity.model)
     return Built(
         folder=place,
         manifest=manifest,
+        model=identity.model,
+        version=version.version,
         is_new=is_new,
         seconds=time.perf_counter() - started,
     )
@@ -237,39 +239,24 @@ def _open(order: Order, home: Path) -> Checkpoint:
 def _identify(order: Order, checkpoint: Checkpoint, model: Model) -> Identity:
     """Name the artifact by everything that decides its content."""
     path = checkpoint.path
-    name = check_name(order.name or path.name.removesuffix(".gguf").lower())
     origin = path / SOURCE_FILE
-    source = str(read_json(origin).get("source")) if origin.is_file() else f"file://{path}"
-    parts = [
-        *(f"{file.name} {sha256_of(file)}" for file in checkpoint.files),
-        *(f"{package} {version}" for package, version in built_with(order.precision).items()),
-        f"model {name}",
-        f"target {order.target} precision {order.precision}",
-        f"format {FORMAT_VERSION} manifest {MANIFEST_VERSION} texts {TEXTS_VERSION}",
-        _engine_format(order.precision, model.decoder),
-    ]
     return Identity(
-        artifact_id=sha256("\n".join(parts).encode()).hexdigest(),
-        model=name,
-        target=order.target,
-        precision=order.precision,
-        source=source,
+        model=check_name(order.name or path.name.removesuffix(".gguf").lower()),
+        key=cpu_key(checkpoint, model, order.precision),
+        source=str(read_json(origin).get("source")) if origin.is_file() else f"file://{path}",
     )
 
 
-def _engine_format(precision: Precision, decoder: Decoder) -> str:
-    """What the engine's file looks like, so that an engine never meets a file of another shape."""
-    if precision is Precision.FP32:
-        return f"graph {GRAPH_VERSION}"
-    return f"weights {sorted(file_layout(decoder, precision).items())}"
-
-
 def _existing(place: Path) -> Manifest | None:
-    """The manifest of a build that is whole; None where there is none, or it was damaged."""
+    """The manifest of a build that is whole; None where there is none, or it was damaged.
+
+    Raises:
+        ArtifactUntrusted: somebody built it who is not trusted; it is not replaced unasked.
+    """
     if not place.is_dir():
         return None
     try:
-        manifest = read_manifest(place)
+        manifest = signed_manifest(place)
         verify_files(place, manifest)
     except ArtifactTampered:
         return None
@@ -282,6 +269,7 @@ def _build(
     identity: Identity,
     place: Path,
     threads: int,
+    key: SigningKey,
     progress: Progressing,
 ) -> Manifest:
     weights = weight_bytes(source_shapes(model.decoder), identity.precision)
@@ -290,7 +278,9 @@ def _build(
         progress.stage(f"build {identity.model} in {identity.precision}")
         manifest = write_engine(checkpoint, model, identity, folder)
         progress.stage("verify against transformers")
-        return write_manifest(folder, manifest, _verify(checkpoint, manifest, folder, threads))
+        manifest = write_manifest(folder, manifest, _verify(checkpoint, manifest, folder, threads))
+        key.sign(folder)
+        return manifest
 
 
 def _verify(checkpoint: Checkpoint, manifest: Manifest, folder: Path, threads: int) -> Verification:
@@ -298,8 +288,10 @@ def _verify(checkpoint: Checkpoint, manifest: Manifest, folder: Path, threads: i
     from headrace.compile.reference import NAME, reference_logits
 
     prompts = _prompts(Tokenizer.from_folder(folder, manifest), manifest)
-    engine, _ = load_engine(
+    # Of files that were written just now, by this process: there is nothing signed yet.
+    engine = open_engine(
         folder,
+        manifest,
         rows_max=len(prompts),
         batch_tokens_max=TEXT_TOKENS_MAX,
         kv_tokens=len(prompts) * 2 * TEXT_TOKENS_MAX,

@@ -25,6 +25,19 @@ def locked(path: Path) -> Iterator[None]:
 
 
 @contextmanager
+def locked_if_free(path: Path) -> Iterator[bool]:
+    """Like `locked`, but answer False instead of waiting where another holds the lock."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+
+
+@contextmanager
 def staged(place: Path) -> Iterator[Path]:
     """Yield a folder to fill; when the block ends well it becomes `place`, replacing what is there.
 
@@ -41,14 +54,28 @@ def staged(place: Path) -> Iterator[Path]:
         folder = Path(tempfile.mkdtemp(prefix=f".{place.name}.", dir=place.parent))
         try:
             yield folder
-            folder.chmod(0o755)
-            _sync(folder)
-            if place.exists():
-                shutil.rmtree(place)
-            folder.rename(place)
-            _sync_folder(place.parent)
+            publish(folder, place)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def publish(folder: Path, place: Path) -> None:
+    """Make a folder durable and rename it to `place` beside it, replacing what is there."""
+    folder.chmod(0o755)
+    _sync(folder)
+    if place.exists():
+        remove(place)
+    folder.rename(place)
+    _sync_folder(place.parent)
+
+
+def remove(place: Path) -> None:
+    """Take a folder away at once: a crash leaves it whole, or hidden for the next to remove."""
+    hidden = place.with_name(f".{place.name}.removed")
+    shutil.rmtree(hidden, ignore_errors=True)
+    place.rename(hidden)
+    _sync_folder(place.parent)
+    shutil.rmtree(hidden)
 
 
 @contextmanager
@@ -78,7 +105,7 @@ def require_room(place: Path, *, needed_bytes: int) -> None:
         raise _full(place, f"{needed_bytes:,} bytes are needed and {free_bytes:,} are free.")
 
 
-def write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, text: str, *, mode: int = 0o644) -> None:
     """Replace a small file; a reader sees the old text or the new, whole.
 
     Raises:
@@ -93,7 +120,7 @@ def write_atomically(path: Path, text: str) -> None:
                 file.write(text)
                 file.flush()
                 os.fsync(file.fileno())
-                beside.chmod(0o644)
+                beside.chmod(mode)
                 beside.rename(path)
             finally:
                 beside.unlink(missing_ok=True)

@@ -22,7 +22,7 @@ from grpc_health.v1 import health_pb2
 
 from headrace.serving.config import Config, cores
 from headrace.serving.domain.artifact import MANIFEST_FILE
-from headrace.serving.engine.loader import read_manifest, verify_files
+from headrace.serving.engine.loader import signed_manifest, verify_files
 from headrace.serving.errors import ServingError
 from headrace.serving.metering.ledger.sqlite_database import SQLITE_MIN
 from headrace.serving.metering.meterlog.verify import verify
@@ -36,7 +36,7 @@ DISK_NEEDED_BYTES = 100 << 20
 ANSWER_S = 2.0
 """How long a local service may take to answer a question of ours."""
 _VNNI = ("avx512_vnni", "avx_vnni")
-_SECRETS = ("pepper", "cluster_token", "keys.json", "accounts.db")
+_SECRETS = ("pepper", "cluster_token", "keys.json", "accounts.db", "keys/artifact-signing.pem")
 _PACKAGES = (
     "grpcio",
     "llguidance",
@@ -160,7 +160,7 @@ def check_artifacts(config: Config) -> Iterable[Finding]:
     manifests = sorted(config.artifacts_dir.glob(f"*/{MANIFEST_FILE}"))
     for path in manifests:
         try:
-            manifest = read_manifest(path.parent)
+            manifest = signed_manifest(path.parent)
             verify_files(path.parent, manifest)
         except ServingError as refusal:
             yield Finding("artifact", Status.FAIL, refusal.what, refusal.fix)

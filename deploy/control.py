@@ -62,7 +62,7 @@ class Control:
         """
         stamp = self._file_stamp()
         config = Config.load(self._home).with_overrides(self._overrides)
-        todo = changes(self._running, plan_models(config, Store(self._home).resolve))
+        todo = changes(self._running, plan_models(config, Store(self._home).configured))
         if self._stamp is None:
             # A predecessor may have left applications that nobody asks for any more.
             strays = serve.status().applications.keys() - todo.deploy.keys()

@@ -76,6 +76,7 @@ def load_artifact(plan: EnginePlan) -> Loaded:
         batch_tokens_max=plan.batch_tokens_max,
         kv_tokens=plan.kv_tokens,
         threads=plan.threads,
+        allow_unverified=plan.allow_unverified,
     )
     return Loaded(
         engine=engine,

@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from headrace.serving.config import Config, ModelConfig
-from headrace.serving.domain.artifact import Precision
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +27,8 @@ class EnginePlan:
     kv_tokens: int
     waiting_max: int
     threads: int
+    allow_unverified: bool = False
+    """Load it even if the engine itself was never run against the reference."""
 
     @property
     def version(self) -> str:
@@ -76,18 +77,18 @@ class Changes:
         return lines + [f"{model}: no longer served" for model in sorted(self.delete)]
 
 
-Resolve = Callable[[str, Precision], Path]
-"""Model and precision to the folder of the newest artifact."""
+Resolve = Callable[[ModelConfig], Path]
+"""A served model to the folder of the artifact that it means."""
 
 
 def plan_models(config: Config, resolve: Resolve) -> dict[str, ModelPlan]:
     """What the configuration asks for, by model.
 
     Raises:
-        ServingError: an artifact that it names is not in the store.
+        ServingError: an artifact that it names is not in the store, or not trusted.
     """
     return {
-        model.name: _plan(config, model, resolve(model.name, model.precision))
+        model.name: _plan(config, model, resolve(model))
         for model in config.models
         if model.replicas > 0
     }
@@ -111,5 +112,6 @@ def _plan(config: Config, model: ModelConfig, artifact: Path) -> ModelPlan:
         kv_tokens=model.kv_tokens,
         waiting_max=model.waiting_max,
         threads=config.threads_for(model),
+        allow_unverified=config.allow_unverified,
     )
     return ModelPlan(engine=engine, replicas=model.replicas, drain_s=config.frontend.drain_s)

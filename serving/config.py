@@ -39,6 +39,11 @@ class ModelConfig:
     """As `headrace models` lists it."""
     precision: Precision = Precision.INT8
     """int8 is the fastest whose answers agree with fp32 in all but rare ties."""
+    variant: str | None = None
+    """Which build, as `headrace models versions` lists them: `h200/fp8/tp4`. Unset: the target cpu
+    in `precision`."""
+    version: int | None = bounded(None, 1, 1 << 31)
+    """Pins this version, whichever is current. Unset: the current one, and its successors."""
     replicas: int = bounded(1, 0, 256)
     """Engines that serve it, each with its own copy of weights and KV cache."""
     rows_max: int = bounded(32, 1, 1024)
@@ -130,6 +135,9 @@ class Config:
     home: Path
     """Where all state is; not itself a key of the file."""
     models: tuple[ModelConfig, ...] = _DEFAULT_MODELS
+    allow_unverified: bool = False
+    """Whether engines are served that were built where their device was not, so that only their
+    network was compared with the reference."""
     frontend: FrontendConfig = field(default_factory=FrontendConfig)
     directory: DirectoryConfig = field(default_factory=DirectoryConfig)
     cluster_token_path: Path | None = None

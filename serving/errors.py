@@ -36,7 +36,10 @@
   x InvoiceBlocked          FAILED_PRECONDITION  log and ledger differ; nothing is invoiced
   * ArtifactError           FAILED_PRECONDITION  a model cannot be loaded or built
     x CheckpointUnreadable  FAILED_PRECONDITION  a truncated, foreign or unsafe checkpoint
-    x ArtifactTampered      FAILED_PRECONDITION  a file differs from its manifest
+    x ArtifactTampered      FAILED_PRECONDITION  a file differs from its manifest or signature
+    x ArtifactUntrusted     FAILED_PRECONDITION  signed with a key that is not trusted here
+    x ArtifactUnverified    FAILED_PRECONDITION  the engine itself was never run against a reference
+    x RemoteStoreFault      UNAVAILABLE          a bucket or folder of artifacts does not answer
     x DeviceUnsuitable      FAILED_PRECONDITION  the machine's GPU, driver or library is another
     x DoesNotFit            FAILED_PRECONDITION  the memory is too small
     x OutsideTolerance      FAILED_PRECONDITION  the engine differs too much from the reference
@@ -306,6 +309,19 @@ class CheckpointUnreadable(ArtifactError):
 
 class ArtifactTampered(ArtifactError):
     reason = "ARTIFACT_TAMPERED"
+
+
+class ArtifactUntrusted(ArtifactError):
+    reason = "ARTIFACT_UNTRUSTED"
+
+
+class ArtifactUnverified(ArtifactError):
+    reason = "ARTIFACT_UNVERIFIED"
+
+
+class RemoteStoreFault(ArtifactError):
+    code = Code.UNAVAILABLE
+    reason = "REMOTE_STORE_FAULT"
 
 
 class DeviceUnsuitable(ArtifactError):

@@ -55,6 +55,9 @@ HOMES: dict[str, tuple[str, ...]] = {
     "prometheus_client": ("serving/observe", "serving/frontend"),
     "google_crc32c": ("serving/metering/meterlog",),
     "llguidance": ("serving/engine/structured.py",),
+    "fsspec": ("compile/remote/objects.py",),
+    "s3fs": ("compile/remote/objects.py",),
+    "botocore": ("compile/remote/objects.py",),
     "aiohttp": ("serving/frontend", "deploy/bench"),
 }
 

@@ -50,7 +50,7 @@ class Network:
             dtype: "bf16", "fp8" or "int4" where `values` are bit patterns; None takes numpy's.
         """
         assert name not in self.constants, name
-        stored = np.ascontiguousarray(values)
+        stored = np.ascontiguousarray(values).reshape(values.shape)  # 0-d stays 0-d
         self.constants[name] = stored
         kind = self.dtype(dtype or stored.dtype.name)
         weights = self.trt.Weights(kind, stored.ctypes.data, stored.size)

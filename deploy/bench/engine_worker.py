@@ -32,21 +32,25 @@ class Headrace:
     """`EngineLoop` as a `Batcher`."""
 
     def __init__(self, folder: Path, options: Mapping[str, int]) -> None:
-        limits = dict(options)
-        prefill_tokens_max = limits.pop("prefill_tokens_max")
         began_s = time.monotonic()
-        engine, manifest = load_engine(folder, **limits)
+        engine, manifest = load_engine(
+            folder,
+            rows_max=options["rows_max"],
+            batch_tokens_max=options["batch_tokens_max"],
+            kv_tokens=options["kv_tokens"],
+            threads=options["threads"],
+        )
         self.load_s = time.monotonic() - began_s
         self.version = importlib.metadata.version("headrace")
         self._reports: queue.Queue[StepReport] = queue.Queue(REPORTS_MAX)
         self._loop = EngineLoop(
             engine,
-            Sampler(manifest.decoder.vocab, limits["rows_max"], threads=limits["threads"]),
+            Sampler(manifest.decoder.vocab, options["rows_max"], threads=options["threads"]),
             Tokenizer.from_folder(folder, manifest),
             manifest,
             clock=SystemClock(),
             sink=self._reports.put,
-            prefill_tokens_max=prefill_tokens_max,
+            prefill_tokens_max=options["prefill_tokens_max"],
         )
         self._loop.start()
         self._rounds = 0

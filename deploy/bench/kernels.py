@@ -20,7 +20,7 @@ import numpy as np
 
 from headrace.serving.domain.artifact import Manifest
 from headrace.serving.engine.base import Row
-from headrace.serving.engine.loader import read_manifest, verify_files
+from headrace.serving.engine.loader import signed_manifest, verify_files
 from headrace.serving.engine.native_engine import NativeEngine
 from headrace.serving.engine.native_library import native_library
 
@@ -75,7 +75,7 @@ def measure(folder: Path, threads: int, context_tokens: int, repeats: int) -> Me
     Raises:
         ArtifactError: the folder is not an artifact of the native engine.
     """
-    manifest = read_manifest(folder)
+    manifest = signed_manifest(folder)
     verify_files(folder, manifest)
     kv_tokens = max(ROWS) * _whole_blocks(context_tokens + 1) + PREFILL_TOKENS
     engine = NativeEngine(

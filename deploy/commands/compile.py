@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -14,16 +13,9 @@ from headrace.compile.memory import Rank
 from headrace.compile.pipeline import Built, Order, compile_model, plan
 from headrace.compile.progress import Silent, bars
 from headrace.compile.targets import TARGETS, default_precision
+from headrace.deploy.amounts import parse_bytes
 from headrace.serving.config import Config, cores
 from headrace.serving.domain.artifact import Precision, Profile, Sharding
-from headrace.serving.errors import InvalidRequest
-
-_AMOUNT = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]i?)?B?", re.IGNORECASE)
-_UNITS = {
-    "": 1,
-    **{unit: 1000**power for power, unit in enumerate("kmgt", start=1)},
-    **{f"{unit}i": 1024**power for power, unit in enumerate("kmgt", start=1)},
-}
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -94,23 +86,6 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def parse_bytes(text: str) -> int:
-    """`24GiB`, `512M` or a plain number of bytes.
-
-    Raises:
-        InvalidRequest: it is none of these.
-    """
-    match = _AMOUNT.fullmatch(text.strip())
-    if match is None or not float(match[1]):
-        raise InvalidRequest(
-            f"The amount {text!r} is not understood.",
-            why="A number, and then perhaps one of KB, MB, GB, TB, KiB, MiB, GiB, TiB.",
-            fix="Write it as --device-memory 24GiB.",
-            field="device_memory",
-        )
-    return int(float(match[1]) * _UNITS[(match[2] or "").lower()])
-
-
 def _dry_run(order: Order, home: Path, *, as_json: bool) -> int:
     found = plan(order, home=home)
     if as_json:
@@ -176,13 +151,13 @@ def _show(built: Built) -> None:
     manifest, checked = built.manifest, built.manifest.verification
     if not built.is_new:
         print(
-            f"{manifest.model} in {manifest.precision} was built before from the same input: "
-            f"{manifest.artifact_id[:12]}. Nothing was done."
+            f"{built.model} in {manifest.precision} was built before from the same input: "
+            f"{manifest.artifact_id[:12]}, version {built.version}. Nothing was done."
         )
         return
     print(
-        f"Built {manifest.model} in {manifest.precision}, {manifest.weight_bytes / 1e6:,.0f} MB of "
-        f"weights, in {built.seconds:.0f} s: {manifest.artifact_id[:12]}"
+        f"Built {built.model} in {manifest.precision}, {manifest.weight_bytes / 1e6:,.0f} MB of "
+        f"weights, in {built.seconds:.0f} s: {manifest.artifact_id[:12]}, version {built.version}"
     )
     print(
         f"Against {checked.reference}, {checked.tokens} positions: top-1 "
@@ -195,7 +170,9 @@ def _as_json(built: Built) -> dict[str, object]:
     manifest = built.manifest
     return {
         "artifact_id": manifest.artifact_id,
-        "model": manifest.model,
+        "model": built.model,
+        "version": built.version,
+        "variant": manifest.variant,
         "precision": manifest.precision.value,
         "target": manifest.target,
         "folder": str(built.folder),

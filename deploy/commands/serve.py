@@ -56,12 +56,20 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         metavar="KEY=VALUE",
         help="override the configuration, for example frontend.grpc_port=50061; repeatable",
     )
+    parser.add_argument(
+        "--allow-unverified",
+        action="store_const",
+        const="allow_unverified=true",
+        help="serve engines that were built where their device was not, and so never run there",
+    )
     parser.add_argument("--home", type=Path, help="state folder (default: HEADRACE_HOME)")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     console = Console(highlight=False, soft_wrap=True)
+    if args.allow_unverified:
+        args.assignments.append(args.allow_unverified)
     overrides = dict(parse_assignment(text) for text in args.assignments)
     config = Config.load(args.home).with_overrides(overrides, where="--set")
     config.prepare_home()
@@ -141,6 +149,9 @@ def build_missing(config: Config, console: Console) -> None:
     for model in config.models:
         if model.replicas == 0 or _is_built(store, model):
             continue
+        if model.variant or model.version:
+            # Says which build is missing: only the target cpu is built unasked.
+            store.configured(model)
         entry = _fetchable(model)
         console.print(f"{model.name} ({model.precision}) is not built yet: building it once.")
         _run_verb(config, "models", "pull", entry.name)
@@ -177,7 +188,7 @@ def _run_verb(config: Config, *words: str) -> None:
 
 def _is_built(store: Store, model: ModelConfig) -> bool:
     try:
-        store.resolve(model.name, model.precision)
+        store.configured(model)
     except (ModelNotFound, ArtifactTampered):
         return False
     return True

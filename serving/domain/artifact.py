@@ -46,6 +46,12 @@ class Sharding:
         """The (stage, cp_index, tp_index) of a rank."""
         return rank // (self.cp * self.tp), rank // self.tp % self.cp, rank % self.tp
 
+    @property
+    def label(self) -> str:
+        """For example "tp2-pp2"; empty where one device holds all."""
+        sizes = (("tp", self.tp), ("pp", self.pp), ("cp", self.cp))
+        return "-".join(f"{name}{size}" for name, size in sizes if size > 1)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decoder:
@@ -167,9 +173,10 @@ class Manifest:
 
     manifest_version: int = MANIFEST_VERSION
     artifact_id: str
-    """SHA-256 (hex) over everything that decided the content: source files, precision, target,
-    format versions. The same input has the same id."""
+    """SHA-256 (hex) over everything that decided the content; see `compile/artifact_key.py`. The
+    same input has the same id."""
     model: str
+    """What it was called when it was built; the store's names may lead here from others too."""
     family: str
     target: str
     precision: Precision
@@ -189,6 +196,17 @@ class Manifest:
     files: Mapping[str, str] = field(default_factory=dict[str, str])
     """File name to SHA-256 (hex) of its content; every file but the manifest and its signature."""
     tensorrt: TensorRt | None = None
+    weights_digest: str = ""
+    """SHA-256 (hex) over every file of the checkpoint: weights, configuration, tokenizer."""
+    graph_digest: str = ""
+    """SHA-256 (hex) over the code that constructs the graph and the facts it is given."""
+
+    @property
+    def variant(self) -> str:
+        """Which of a model's builds this is, for example "rtx/bf16/tp2-pp2"."""
+        return variant(
+            self.target, self.precision, self.tensorrt.sharding if self.tensorrt else Sharding()
+        )
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1, sort_keys=True) + "\n"
@@ -218,6 +236,11 @@ class Manifest:
                 why=f"Serving reads version {MANIFEST_VERSION} strictly and guesses nothing.",
                 fix="Build the artifact again with `headrace compile`.",
             ) from error
+
+
+def variant(target: str, precision: Precision, sharding: Sharding) -> str:
+    """Target, precision and split in one word."""
+    return "/".join(part for part in (target, precision.value, sharding.label) if part)
 
 
 def _verification(value: object) -> Verification:

@@ -1,11 +1,15 @@
-"""Artifact folder to engine. Nothing is loaded before every file matched its hash."""
+"""Artifact folder to engine. Nothing is loaded that a trusted key did not sign, byte for byte."""
 
 import hashlib
+import os
+import weakref
 from pathlib import Path
 
-from headrace.serving.domain.artifact import MANIFEST_FILE, Manifest
+from headrace.serving.domain.artifact import MANIFEST_FILE, Manifest, VerifyMethod
+from headrace.serving.engine.artifact_home import hold, trust_folder
 from headrace.serving.engine.base import Engine
-from headrace.serving.errors import ArtifactTampered
+from headrace.serving.engine.signature import trusted_keys, verify_signature
+from headrace.serving.errors import ArtifactTampered, ArtifactUnverified
 
 MANIFEST_BYTES_MAX = 2**20
 _READ_BYTES = 2**20
@@ -17,14 +21,24 @@ def read_manifest(folder: Path) -> Manifest:
     Raises:
         ArtifactTampered: it is missing, or not a manifest of this version.
     """
-    path = folder / MANIFEST_FILE
-    try:
-        if path.stat().st_size > MANIFEST_BYTES_MAX:
-            raise _tampered(folder, f"{MANIFEST_FILE} is larger than {MANIFEST_BYTES_MAX:,} bytes.")
-        text = path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise _tampered(folder, f"{MANIFEST_FILE} is not readable: {error}.") from error
-    return Manifest.from_json(text, where=str(path))
+    return _parse(folder, _manifest_bytes(folder))
+
+
+def signed_manifest(folder: Path, *, trust: Path | None = None) -> Manifest:
+    """Read the manifest of a folder, if a trusted key signed it.
+
+    Args:
+        folder: an artifact.
+        trust: the public keys that count; None takes those of the home that it lies in.
+
+    Raises:
+        ArtifactTampered: manifest or signature is missing, or they do not fit.
+        ArtifactUntrusted: whoever signed is not trusted.
+    """
+    content = _manifest_bytes(folder)
+    # The bytes that were verified are the bytes that are read.
+    verify_signature(folder, content, trusted_keys(trust or trust_folder(folder)))
+    return _parse(folder, content)
 
 
 def verify_files(folder: Path, manifest: Manifest) -> None:
@@ -54,8 +68,12 @@ def load_engine(
     kv_tokens: int = 32_768,
     sequence_tokens_max: int | None = None,
     threads: int = 2,
+    trust: Path | None = None,
+    allow_unverified: bool = False,
 ) -> tuple[Engine, Manifest]:
-    """Verify the folder and load its engine; the caller closes it.
+    """Verify signature and files, in this order, and load the engine; the caller closes it.
+
+    While the engine object lives, the artifact is locked against removal.
 
     Args:
         folder: an artifact.
@@ -64,12 +82,53 @@ def load_engine(
         kv_tokens: tokens the KV pool holds, over all sequences.
         sequence_tokens_max: a bound below the model's own context; None keeps that.
         threads: of the engine's arithmetic.
+        trust: the public keys that count; None takes those of the home that it lies in.
+        allow_unverified: load it even if the engine itself was never run against the reference.
 
     Raises:
         ArtifactTampered: the folder is not what was built, or names an engine that is unknown.
+        ArtifactUntrusted: it was signed with a key that is not trusted.
+        ArtifactUnverified: the engine itself was never run, and that is not allowed.
     """
-    manifest = read_manifest(folder)
-    verify_files(folder, manifest)
+    held = hold(folder)
+    try:
+        manifest = signed_manifest(folder, trust=trust)
+        verify_files(folder, manifest)
+        if not allow_unverified:
+            _require_verified(manifest)
+        engine = open_engine(
+            folder,
+            manifest,
+            rows_max=rows_max,
+            batch_tokens_max=batch_tokens_max,
+            kv_tokens=kv_tokens,
+            sequence_tokens_max=sequence_tokens_max,
+            threads=threads,
+        )
+    except BaseException:
+        os.close(held)
+        raise
+    weakref.finalize(engine, os.close, held)
+    return engine, manifest
+
+
+def open_engine(
+    folder: Path,
+    manifest: Manifest,
+    *,
+    rows_max: int,
+    batch_tokens_max: int,
+    kv_tokens: int,
+    sequence_tokens_max: int | None = None,
+    threads: int,
+) -> Engine:
+    """Load an engine of files that are known to be right: verified, or just written by the caller.
+
+    Compile verifies what it builds through this, before there is anything to sign.
+
+    Raises:
+        ArtifactTampered: the manifest names an engine that is unknown, or it cannot be loaded.
+    """
     # One engine is imported, not both: the other one costs memory that serving never uses.
     match manifest.engine:
         case "onnx":
@@ -80,7 +139,7 @@ def load_engine(
             from headrace.serving.engine.tensorrt import TensorRtEngine as kind
         case _:
             raise _tampered(folder, f"The manifest asks for an engine {manifest.engine!r}.")
-    engine = kind(
+    return kind(
         folder,
         manifest,
         rows_max=rows_max,
@@ -89,7 +148,40 @@ def load_engine(
         threads=threads,
         sequence_tokens_max=sequence_tokens_max,
     )
-    return engine, manifest
+
+
+def _require_verified(manifest: Manifest) -> None:
+    method = manifest.verification.method
+    if method is VerifyMethod.ENGINE:
+        return
+    what = "only its network was computed" if method is VerifyMethod.NETWORK else "nothing was run"
+    raise ArtifactUnverified(
+        f"The {manifest.target} engine {manifest.artifact_id[:12]} of {manifest.model} was not "
+        "verified.",
+        why=f"Its manifest says that {what}; the engine itself was never compared with "
+        f"{manifest.verification.reference}.",
+        fix="Build it where its device is, so that it is run and verified; or serve it as it is "
+        "with `headrace serve --allow-unverified`.",
+    )
+
+
+def _manifest_bytes(folder: Path) -> bytes:
+    try:
+        with (folder / MANIFEST_FILE).open("rb") as file:
+            content = file.read(MANIFEST_BYTES_MAX + 1)
+    except OSError as error:
+        raise _tampered(folder, f"{MANIFEST_FILE} is not readable: {error}.") from error
+    if len(content) > MANIFEST_BYTES_MAX:
+        raise _tampered(folder, f"{MANIFEST_FILE} is larger than {MANIFEST_BYTES_MAX:,} bytes.")
+    return content
+
+
+def _parse(folder: Path, content: bytes) -> Manifest:
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise _tampered(folder, f"{MANIFEST_FILE} is not readable: {error}.") from error
+    return Manifest.from_json(text, where=str(folder / MANIFEST_FILE))
 
 
 def _sha256(path: Path) -> str:

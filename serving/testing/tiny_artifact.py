@@ -1,4 +1,4 @@
-"""An artifact without weights: a manifest and the tiny tokenizer, in a folder."""
+"""An artifact without weights: a signed manifest and the tiny tokenizer, in a folder."""
 
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from headrace.serving.domain.artifact import (
     Precision,
     Verification,
 )
+from headrace.serving.testing.signing import sign_artifact
 from headrace.serving.testing.tiny_tokenizer import CHAT_TEMPLATE, END, tiny_tokenizer_json
 from headrace.serving.tokenizer import CONFIG_FILE, TEMPLATE_FILE, TOKENIZER_FILE
 
@@ -65,9 +66,10 @@ def tiny_manifest(
 
 
 def write_tiny_artifact(folder: Path, manifest: Manifest) -> None:
-    """Write what a frontend reads of an artifact."""
+    """Write what a frontend reads of an artifact, signed with the key of `signing.py`."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / TOKENIZER_FILE).write_text(tiny_tokenizer_json(), "utf-8")
     (folder / CONFIG_FILE).write_text(f'{{"eos_token": "{END}"}}', "utf-8")
     (folder / TEMPLATE_FILE).write_text(CHAT_TEMPLATE, "utf-8")
     (folder / MANIFEST_FILE).write_text(manifest.to_json(), "utf-8")
+    sign_artifact(folder)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from headrace.deploy.amounts import parse_bytes
 from headrace.deploy.cli import main
-from headrace.deploy.commands.compile import parse_bytes
 from headrace.serving.errors import InvalidRequest
 
 

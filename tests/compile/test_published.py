@@ -287,7 +287,7 @@ def test_a_mixture_that_is_not_computed_is_refused_by_its_feature(
 def test_a_wan_config_that_cannot_be_read_is_refused(
     component: str, changes: dict[str, object], refusal: type[Exception], why: str
 ) -> None:
-    config = {**WAN, component: {**WAN[component], **changes}}  # pyright: ignore[reportGeneralTypeIssues]
+    config = {**WAN, component: {**WAN[component], **changes}}
 
     with pytest.raises(refusal, match=why):
         read_wan(ConfigFile(Path("model_index.json"), config))

@@ -5,7 +5,6 @@ from pathlib import Path
 
 from headrace.deploy.rollout import Changes, ModelPlan, changes, plan_models
 from headrace.serving.config import Config, ModelConfig
-from headrace.serving.domain.artifact import Precision
 
 HOME = Path("/nowhere")
 
@@ -15,8 +14,8 @@ def config(*models: ModelConfig) -> Config:
 
 
 def plans(*models: ModelConfig, build: str = "a") -> dict[str, ModelPlan]:
-    def resolve(model: str, precision: Precision) -> Path:
-        return HOME / f"{model}-{precision}-{build}"
+    def resolve(model: ModelConfig) -> Path:
+        return HOME / f"{model.name}-{model.precision}-{build}"
 
     return plan_models(config(*models), resolve)
 

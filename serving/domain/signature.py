@@ -1,0 +1,54 @@
+"""The detached signature of a manifest, as a file: who signed, and what exactly is signed."""
+
+import json
+from base64 import b64decode, b64encode
+from binascii import Error as NotBase64
+from dataclasses import dataclass
+from hashlib import sha256
+
+SIGNATURE_FILE = "manifest.sig"
+SIGNATURE_BYTES_MAX = 4096
+"""Two short fields."""
+
+_PURPOSE = b"headrace artifact manifest\n"
+"""Stands before what is signed, so that a signature made for something else never fits here."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Signature:
+    """An Ed25519 signature (RFC 8032) of one manifest."""
+
+    key_id: str
+    value: bytes
+
+    def to_json(self) -> str:
+        fields = {"key_id": self.key_id, "signature": b64encode(self.value).decode()}
+        return json.dumps(fields, sort_keys=True) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> "Signature":
+        """Read strictly.
+
+        Raises:
+            ValueError: it is not the text of a signature.
+        """
+        raw = json.loads(text)
+        if not isinstance(raw, dict) or raw.keys() != {"key_id", "signature"}:
+            raise ValueError("it does not hold a key_id and a signature")
+        key_id, value = raw["key_id"], raw["signature"]
+        if not isinstance(key_id, str) or not isinstance(value, str):
+            raise ValueError("key_id and signature are texts")
+        try:
+            return cls(key_id=key_id, value=b64decode(value, validate=True))
+        except NotBase64 as error:
+            raise ValueError(f"signature is not base64: {error}") from error
+
+
+def signed_bytes(manifest: bytes) -> bytes:
+    """What is signed: a manifest's exact bytes, under their purpose."""
+    return _PURPOSE + manifest
+
+
+def key_id(public: bytes) -> str:
+    """The name of a public key of 32 bytes: 32 hex digits of its SHA-256."""
+    return sha256(public).hexdigest()[:32]
