@@ -16,6 +16,7 @@ from headrace.serving.domain.artifact import (
 from headrace.serving.engine.plan_io import plan_file
 from headrace.serving.testing.fake_decoder import FakeDecoder
 from headrace.serving.testing.fake_tensorrt import VERSION, FakePlan
+from headrace.serving.testing.signing import sign_artifact
 from headrace.serving.testing.tiny_artifact import tiny_manifest
 
 LAYERS = 3
@@ -113,7 +114,7 @@ def fake_plan(manifest: Manifest, rank: int) -> FakePlan:
 
 
 def write_fake_artifact(folder: Path, manifest: Manifest) -> Manifest:
-    """Write plans and manifest; the manifest as written, with the files' hashes."""
+    """Write and sign plans and manifest; the manifest as written, with the files' hashes."""
     facts = manifest.tensorrt
     assert facts is not None
     hashes: dict[str, str] = {}
@@ -123,4 +124,5 @@ def write_fake_artifact(folder: Path, manifest: Manifest) -> Manifest:
         hashes[ranked.file] = hashlib.sha256(content).hexdigest()
     written = replace(manifest, files=hashes)
     (folder / MANIFEST_FILE).write_text(written.to_json(), "utf-8")
+    sign_artifact(folder)
     return written

@@ -17,6 +17,7 @@ from headrace.serving.errors import ArtifactTampered, DeviceUnsuitable
 from headrace.serving.testing.fake_artifact import fake_manifest, write_fake_artifact
 from headrace.serving.testing.fake_device import FakeDevice
 from headrace.serving.testing.fake_tensorrt import FakeTensorRt, Severity
+from headrace.serving.testing.signing import trust_key
 
 WITHOUT_DRIVER = """
 import sys
@@ -24,7 +25,7 @@ from pathlib import Path
 from headrace.serving.engine.loader import load_engine
 from headrace.serving.errors import ServingError
 try:
-    load_engine(Path(sys.argv[1]))
+    load_engine(Path(sys.argv[1]), trust=Path(sys.argv[2]))
 except ServingError as error:
     print(type(error).__name__, "|", error.what, "|", error.why, "|", error.fix)
     print([name for name in sys.modules if name.startswith("tensorrt")])
@@ -54,9 +55,10 @@ def test_without_a_driver_a_plan_is_refused_before_its_library_is_touched(tmp_pa
     manifest = fake_manifest()
     installed = facts(library="tensorrt_rtx", version=import_module("tensorrt_rtx").__version__)
     write_fake_artifact(tmp_path, replace(manifest, tensorrt=installed))
+    trust = trust_key(tmp_path / "trust")
 
     done = subprocess.run(
-        [sys.executable, "-c", WITHOUT_DRIVER, tmp_path],
+        [sys.executable, "-c", WITHOUT_DRIVER, tmp_path, trust],
         env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
