@@ -109,6 +109,7 @@ def fake_plan(manifest: Manifest, rank: int) -> FakePlan:
         is_first=stage == 0,
         is_last=stage == facts.sharding.pp - 1,
         has_collectives=tp * facts.sharding.cp > 1,
+        cp=facts.sharding.cp,
         logits_width=-(-manifest.decoder.vocab // tp) * tp,
     )
 

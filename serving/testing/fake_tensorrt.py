@@ -68,6 +68,10 @@ class FakePlan:
     is_first: bool = True
     is_last: bool = True
     has_collectives: bool = False
+    cp: int = 1
+    """The tokens of a run are a multiple of it."""
+    is_in_place: bool = True
+    """Whether each cache's output is its input."""
     logits_width: int
     activation_bytes: int = 4096
     weight_bytes: int = 1000
@@ -221,7 +225,9 @@ class FakeEngine:
         return self._tensors[name][2]
 
     def get_aliased_input_tensor(self, name: str) -> str | None:
-        return name.replace("present", "past") if name.startswith("present") else None
+        if not self.plan.is_in_place or not name.startswith("present"):
+            return None
+        return name.replace("present", "past")
 
     def create_execution_context(
         self, strategy: ExecutionContextAllocationStrategy
@@ -389,6 +395,7 @@ def _compute(plan: FakePlan, view: Callable[[str], np.ndarray]) -> None:
     lengths = view(plan_io.KV_LENGTHS).astype(np.int64)
     positions = view(plan_io.POSITION_IDS)
     rows, tokens = positions.shape
+    assert rows * tokens % plan.cp == 0, "a run's tokens are not dealt out evenly"
     assert (positions == starts[:, None] + np.arange(tokens)).all()
     assert (lengths == starts + tokens).all()
     assert starts.min() >= 0

@@ -240,6 +240,18 @@ def test_a_row_takes_the_tokens_of_its_whole_cache(machine: Machine) -> None:
     assert limits.sequence_tokens_max == LONGEST
 
 
+def test_context_parallel_ranks_are_dealt_as_many_rows_each(tmp_path: Path) -> None:
+    """Three rows of one token are run as four; the fourth place is never a sequence's."""
+    machine = Machine(tmp_path, fake_manifest(vocab=VOCAB, sharding=Sharding(cp=2)))
+    engine = machine.load(rows_max=3, communicator=FakeCommunicator(machine.device))
+
+    logits = engine.step([Row([5], 0, [3], samples=True)])
+
+    assert engine.limits.rows_max == 3
+    assert (logits[0] == machine.expected([5])).all()
+    engine.close()
+
+
 def test_too_little_kv_for_one_row_is_refused_with_the_number_that_would_do(
     machine: Machine,
 ) -> None:
@@ -381,6 +393,9 @@ def gone(machine: Machine) -> None:
         pytest.param(written(cache_tokens=65), ArtifactTampered, "past_k_0 is", id="longer caches"),
         pytest.param(written(last_layer=2), ArtifactTampered, "past_k_2 is None", id="few layers"),
         pytest.param(written(is_last=False), ArtifactTampered, "too narrow", id="a stage's plan"),
+        pytest.param(
+            written(is_in_place=False), ArtifactTampered, "not written over", id="copied caches"
+        ),
         pytest.param(written(profiles=()), ArtifactTampered, "has 0 profiles", id="no profiles"),
         pytest.param(changed(profiles=()), ArtifactTampered, "profiles", id="none in the manifest"),
         pytest.param(changed(ranks=()), ArtifactTampered, "one plan for each", id="no ranks"),
