@@ -107,24 +107,11 @@ class TensorRtEngine:
             self._sizes = sizes_of(
                 facts, rows_max=rows_max, kv_tokens=kv_tokens, sequence_tokens_max=longest
             )
-            self._limits = Limits(
-                rows_max=self._sizes.rows_max,
-                batch_tokens_max=batch_tokens_max,
-                sequence_tokens_max=self._sizes.sequence_tokens_max,
-                kv_blocks=self._sizes.rows_max + 1,
-                kv_block_tokens=facts.cache_tokens,
-                vocab=manifest.decoder.vocab,
-            )
+            self._limits = self._limits_of(manifest, facts.cache_tokens, batch_tokens_max)
             self._next = np.zeros(self._sizes.places, np.int32)
             """Each place's next position: where an idle row may write."""
-            self._plan.open(
-                folder,
-                manifest,
-                rank,
-                self._sizes,
-                batch_tokens_max=batch_tokens_max,
-                library=library,
-            )
+            runs = self._sizes.runs_max(batch_tokens_max)
+            self._plan.open(folder, manifest, ranked, self._sizes, runs_max=runs, library=library)
             self._warm_up()
         except BaseException as error:
             # The frames that raised still hold the plan, which must go before its memory does.
@@ -143,6 +130,17 @@ class TensorRtEngine:
     @property
     def limits(self) -> Limits:
         return self._limits
+
+    def _limits_of(self, manifest: Manifest, place_tokens: int, batch_tokens_max: int) -> Limits:
+        return Limits(
+            rows_max=self._sizes.rows_max,
+            batch_tokens_max=batch_tokens_max,
+            sequence_tokens_max=self._sizes.sequence_tokens_max,
+            # The pool never hands out its scratch block.
+            kv_blocks=self._sizes.rows_max + 1,
+            kv_block_tokens=place_tokens,
+            vocab=manifest.decoder.vocab,
+        )
 
     def step(self, rows: Sequence[Row]) -> Logits:
         """See `Engine.step`. A row's one block is its place; longer chunks than a profile are cut.

@@ -71,10 +71,10 @@ class LoadedPlan:
         self,
         folder: Path,
         manifest: Manifest,
-        rank: int,
+        ranked: RankPlan,
         sizes: Sizes,
         *,
-        batch_tokens_max: int,
+        runs_max: int,
         library: Library | None,
     ) -> None:
         """Load a rank's plan; for the errors see `TensorRtEngine`. `close` afterwards in any case.
@@ -82,13 +82,14 @@ class LoadedPlan:
         Args:
             folder: has the plan.
             manifest: of the artifact.
-            rank: whose plan.
+            ranked: of `described`.
             sizes: that the engine runs.
-            batch_tokens_max: most tokens of a step.
+            runs_max: most runs of a step.
             library: what reads the plan; the manifest's by default.
         """
-        facts, ranked = described(folder, manifest, rank)
-        require_peers(facts, rank, self._communicator, self.channel)
+        facts = manifest.tensorrt
+        assert facts is not None
+        require_peers(facts, ranked.rank, self._communicator, self.channel)
         self.device = device = self._opened = self._opened or CudaDevice()
         device.make_current()
         require_capability(facts, device)
@@ -110,7 +111,7 @@ class LoadedPlan:
             sizes,
             activation_bytes=engine.device_memory_size_v2,
             spare_bytes=SPARE_BYTES,
-            runs=sizes.runs_max(batch_tokens_max),
+            runs=runs_max,
             vocab=manifest.decoder.vocab,
         )
         for bucket in sizes.buckets:
