@@ -20,10 +20,12 @@ from headrace.compile.memory import (
     available_bytes,
     fit,
 )
+from headrace.compile.sharding import parts
 from headrace.compile.targets import CPU
+from headrace.compile.tensorrt.options import PlanOptions
 from headrace.compile.tensorrt.profiles import default_profiles
 from headrace.compile.tensorrt.targets import find_target
-from headrace.compile.tensorrt_memory import PLAN_OVERHEAD_BYTES, TensorRtFootprint
+from headrace.compile.tensorrt_memory import TensorRtFootprint
 from headrace.serving.domain.artifact import Decoder, Precision, Profile, Sharding
 
 _WIDE_BYTES = 4
@@ -95,6 +97,7 @@ def estimate_decoder(
     precision: Precision,
     sharding: Sharding,
     device_bytes: int | None,
+    options: PlanOptions,
 ) -> Estimate:
     """State what a language model would occupy.
 
@@ -108,9 +111,9 @@ def estimate_decoder(
         plans, profiles, cache_tokens = [], (), 0
         notes += [_NO_CPU_MIXTURE] * bool(decoder.experts)
     else:
-        engine = TensorRtFootprint(precision)
+        engine = TensorRtFootprint(precision, options.rows_max, options.chunk)
         found = fit(decoder, engine, device_bytes=device, sharding=sharding)
-        plans = [rank.weight_bytes + PLAN_OVERHEAD_BYTES for rank in found.ranks]
+        plans = [engine.plan_bytes(part, sharding) for part in parts(decoder, sharding)]
         profiles = default_profiles(engine.rows_max, engine.chunk, cp=sharding.cp)
         cache_tokens = engine.cache_tokens(decoder)
         notes += [_NO_MIXTURE_LAYER] * bool(decoder.experts)

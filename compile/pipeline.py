@@ -1,17 +1,14 @@
 """The walk of one model: checkpoint in, artifact in the store out."""
 
+import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from headrace.compile.artifact_writer import (
-    Identity,
-    cpu_key,
-    require_target,
-    write_engine,
-    write_manifest,
-)
+from headrace.compile.artifact_key import ArtifactKey
+from headrace.compile.artifact_writer import Identity, write_artifact, write_manifest
+from headrace.compile.builder import Builder, CpuBuilder
 from headrace.compile.catalog import CATALOG, Entry, find
 from headrace.compile.checkpoint import open_checkpoint
 from headrace.compile.estimate import (
@@ -19,22 +16,22 @@ from headrace.compile.estimate import (
     device_memory,
     estimate_decoder,
     estimate_wan,
-    footprint,
 )
 from headrace.compile.families.base import Model
 from headrace.compile.families.registry import describe, describe_config
 from headrace.compile.families.wan_facts import is_wan, read_wan
-from headrace.compile.memory import require_fit, weight_bytes
+from headrace.compile.memory import require_fit
 from headrace.compile.progress import Progressing, Silent
 from headrace.compile.published import open_config, published_names
 from headrace.compile.pull import SOURCE_FILE, checkpoint_folder, pull
-from headrace.compile.quantize import source_shapes
+from headrace.compile.sharding import parts
 from headrace.compile.signing import SigningKey, signing_key
 from headrace.compile.storage import locked, require_room, staged
 from headrace.compile.store import Store, check_name
-from headrace.compile.targets import require_precision
+from headrace.compile.targets import CPU, require_precision
+from headrace.compile.tensorrt.options import PlanOptions
 from headrace.compile.tensors import Checkpoint, read_json, unreadable
-from headrace.compile.verify import TEXT_TOKENS_MAX, verify
+from headrace.compile.verify import TEXT_TOKENS_MAX
 from headrace.compile.verify_texts import TEXTS
 from headrace.serving.domain.artifact import (
     Manifest,
@@ -42,8 +39,8 @@ from headrace.serving.domain.artifact import (
     Sharding,
     Verification,
 )
-from headrace.serving.engine.loader import open_engine, signed_manifest, verify_files
-from headrace.serving.errors import ArtifactTampered, UnsupportedModel
+from headrace.serving.engine.loader import signed_manifest, verify_files
+from headrace.serving.errors import ArtifactTampered, InvalidRequest, UnsupportedModel
 from headrace.serving.tokenizer import Tokenizer
 
 _TOKENIZER_BYTES = 64 * 2**20
@@ -64,6 +61,10 @@ class Order:
     device_bytes: int | None = None
     """Memory of one device; when None what the target's has, on `cpu` what is free here."""
     sharding: Sharding = field(default_factory=Sharding)
+    context_tokens: int | None = None
+    """The longest sequence to serve; the model's own when None."""
+    plans: PlanOptions = field(default_factory=PlanOptions)
+    """Of TensorRT targets."""
     is_config_only: bool = False
     """Whether there are no weights: enough for a plan, not for a build."""
     threads: int = 2
@@ -108,11 +109,12 @@ def plan(order: Order, *, home: Path) -> Estimate:
     else:
         model = describe(_open(order, home))
     return estimate_decoder(
-        model.decoder,
+        _bounded(model, order).decoder,
         target=order.target,
         precision=order.precision,
         sharding=order.sharding,
         device_bytes=order.device_bytes,
+        options=order.plans,
     )
 
 
@@ -136,33 +138,29 @@ def compile_model(order: Order, *, home: Path, progress: Progressing | None = No
     """
     started, progress, store = time.perf_counter(), progress or Silent(), Store(home)
     require_precision(order.target, order.precision)
-    require_target(order.target)
-    _require_buildable(order)
+    _require_weights(order)
+    builder = _builder(order, home)
     if (entry := catalogued(order.source)) is not None:
         pull(entry.name, home=home, progress=progress)
     progress.stage("read the checkpoint")
     checkpoint = _open(order, home)
-    model = describe(checkpoint)
-    if model.decoder.experts:
-        raise UnsupportedModel(
-            f"The model {order.source} is a mixture of {model.decoder.experts} experts.",
-            why="The engines of the target cpu compute dense models only.",
-            fix="Compile a dense model, or add --dry-run to see the arithmetic only.",
-        )
+    model = _bounded(describe(checkpoint), order)
+    builder.require(model)
     require_fit(
         model.decoder,
-        footprint(order.target, order.precision),
+        builder.footprint,
         device_bytes=order.device_bytes or device_memory(order.target),
         sharding=order.sharding,
     )
-    identity = _identify(order, checkpoint, model)
+    identity = _identify(order, checkpoint, builder.key(checkpoint, model))
     with locked(store.lock_file(identity.artifact_id)):
         place = store.folder(identity.artifact_id)
         manifest = _existing(place)
         is_new = manifest is None
         if manifest is None:
             key = signing_key(home)
-            manifest = _build(checkpoint, model, identity, place, order.threads, key, progress)
+            work = home / "builds" / identity.artifact_id
+            manifest = _build(checkpoint, model, identity, place, work, builder, key, progress)
         version = store.register(manifest, model=identity.model)
     return Built(
         folder=place,
@@ -174,18 +172,64 @@ def compile_model(order: Order, *, home: Path, progress: Progressing | None = No
     )
 
 
-def _require_buildable(order: Order) -> None:
+def _builder(order: Order, home: Path) -> Builder:
+    """Answer the target's builder.
+
+    Raises:
+        InvalidRequest, UnsupportedModel: the target does not know what was asked of it.
+    """
+    if order.target == CPU:
+        if order.sharding.ranks != 1:
+            raise UnsupportedModel(
+                f"A build for {order.sharding.ranks} ranks was asked for.",
+                why="The target cpu serves a model in one process.",
+                fix="Leave --tp, --pp and --cp out, or add --dry-run to see the arithmetic only.",
+            )
+        if order.plans != PlanOptions():
+            raise InvalidRequest(
+                "Options of TensorRT plans were given for the target cpu.",
+                why="Its engines have no profiles, no flags of a builder and no calibration.",
+                fix="Leave them out, or name a TensorRT target.",
+                field="target",
+            )
+        return CpuBuilder(order.precision, order.threads)
+    # TensorRT's half is loaded where it is wanted.
+    from headrace.compile.tensorrt.builder import TensorRtBuilder
+
+    return TensorRtBuilder(
+        target=order.target,
+        precision=order.precision,
+        sharding=order.sharding,
+        options=order.plans,
+        home=home,
+    )
+
+
+def _bounded(model: Model, order: Order) -> Model:
+    """The model with the context that was asked for.
+
+    Raises:
+        InvalidRequest: it was not meant for so long a context.
+    """
+    wanted, most = order.context_tokens, model.decoder.context_tokens
+    if wanted is None:
+        return model
+    if not 0 < wanted <= most:
+        raise InvalidRequest(
+            f"A context of {wanted:,} tokens was asked for.",
+            why=f"The model was made for up to {most:,}.",
+            fix=f"Choose --context-tokens between 1 and {most}.",
+            field="context_tokens",
+        )
+    return replace(model, decoder=replace(model.decoder, context_tokens=wanted))
+
+
+def _require_weights(order: Order) -> None:
     if order.is_config_only:
         raise UnsupportedModel(
             f"The model {order.source} is known by its config alone.",
             why="An engine is built of weights, and a config has none.",
             fix="Add --dry-run for the plan, or name a folder with weights without --config-only.",
-        )
-    if order.sharding.ranks != 1:
-        raise UnsupportedModel(
-            f"A build for {order.sharding.ranks} ranks was asked for.",
-            why="The target cpu runs a model in one process.",
-            fix="Leave --tp, --pp and --cp out, or add --dry-run to see the arithmetic only.",
         )
 
 
@@ -236,13 +280,13 @@ def _open(order: Order, home: Path) -> Checkpoint:
     return open_checkpoint(locate(order.source, home=home))
 
 
-def _identify(order: Order, checkpoint: Checkpoint, model: Model) -> Identity:
+def _identify(order: Order, checkpoint: Checkpoint, key: ArtifactKey) -> Identity:
     """Name the artifact by everything that decides its content."""
     path = checkpoint.path
     origin = path / SOURCE_FILE
     return Identity(
         model=check_name(order.name or path.name.removesuffix(".gguf").lower()),
-        key=cpu_key(checkpoint, model, order.precision),
+        key=key,
         source=str(read_json(origin).get("source")) if origin.is_file() else f"file://{path}",
     )
 
@@ -268,45 +312,33 @@ def _build(
     model: Model,
     identity: Identity,
     place: Path,
-    threads: int,
+    work: Path,
+    builder: Builder,
     key: SigningKey,
     progress: Progressing,
 ) -> Manifest:
-    weights = weight_bytes(source_shapes(model.decoder), identity.precision)
-    require_room(place.parent, needed_bytes=weights + _TOKENIZER_BYTES)
+    held = sum(map(builder.footprint.weight_bytes, parts(model.decoder, identity.key.sharding)))
+    require_room(place.parent, needed_bytes=held + _TOKENIZER_BYTES)
     with staged(place) as folder:
-        progress.stage(f"build {identity.model} in {identity.precision}")
-        manifest = write_engine(checkpoint, model, identity, folder)
+        engine = builder.write(checkpoint, model, folder, work, progress)
+        manifest = write_artifact(checkpoint, model, identity, engine, folder)
         progress.stage("verify against transformers")
-        manifest = write_manifest(folder, manifest, _verify(checkpoint, manifest, folder, threads))
+        found = _verify(builder, checkpoint, model, manifest, folder)
+        manifest = write_manifest(folder, manifest, found)
         key.sign(folder)
-        return manifest
+    shutil.rmtree(work, ignore_errors=True)
+    return manifest
 
 
-def _verify(checkpoint: Checkpoint, manifest: Manifest, folder: Path, threads: int) -> Verification:
+def _verify(
+    builder: Builder, checkpoint: Checkpoint, model: Model, manifest: Manifest, folder: Path
+) -> Verification:
     # torch and transformers: only now, and never where an artifact is merely looked up.
     from headrace.compile.reference import NAME, reference_logits
 
     prompts = _prompts(Tokenizer.from_folder(folder, manifest), manifest)
-    # Of files that were written just now, by this process: there is nothing signed yet.
-    engine = open_engine(
-        folder,
-        manifest,
-        rows_max=len(prompts),
-        batch_tokens_max=TEXT_TOKENS_MAX,
-        kv_tokens=len(prompts) * 2 * TEXT_TOKENS_MAX,
-        threads=threads,
-    )
-    try:
-        return verify(
-            engine,
-            prompts,
-            reference_logits(checkpoint, prompts),
-            precision=manifest.precision,
-            reference=NAME,
-        )
-    finally:
-        engine.close()
+    references = reference_logits(checkpoint, prompts)
+    return builder.verify(checkpoint, model, manifest, folder, prompts, references, NAME)
 
 
 def _prompts(tokenizer: Tokenizer, manifest: Manifest) -> Sequence[Sequence[int]]:

@@ -13,6 +13,7 @@ from headrace.compile.memory import Rank
 from headrace.compile.pipeline import Built, Order, compile_model, plan
 from headrace.compile.progress import Silent, bars
 from headrace.compile.targets import TARGETS, default_precision
+from headrace.compile.tensorrt.options import PlanOptions
 from headrace.deploy.amounts import parse_bytes
 from headrace.serving.config import Config, cores
 from headrace.serving.domain.artifact import Precision, Profile, Sharding
@@ -52,6 +53,13 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
             flag, type=int, default=1, metavar="N", help=f"devices to split {what} over"
         )
     parser.add_argument(
+        "--context-tokens",
+        type=int,
+        metavar="N",
+        help="the longest sequence to serve (default: the model's)",
+    )
+    _add_plan_options(parser)
+    parser.add_argument(
         "--dry-run", action="store_true", help="say what it would occupy; build nothing"
     )
     parser.add_argument(
@@ -60,6 +68,55 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument("--home", type=Path, help="state folder (default: HEADRACE_HOME)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=run)
+
+
+def _add_plan_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("TensorRT targets")
+    default = PlanOptions()
+    group.add_argument(
+        "--rows-max",
+        type=int,
+        metavar="N",
+        default=default.rows_max,
+        help=f"rows of the largest decode step (default: {default.rows_max})",
+    )
+    group.add_argument(
+        "--chunk",
+        type=int,
+        metavar="N",
+        default=default.chunk,
+        help=f"prompt tokens of one step (default: {default.chunk})",
+    )
+    group.add_argument(
+        "--weight-streaming",
+        action="store_true",
+        help="allow weights to stay in the machine's memory",
+    )
+    group.add_argument(
+        "--refit", action="store_true", help="allow weights to be replaced without a build"
+    )
+    group.add_argument(
+        "--activations",
+        action="store_true",
+        help="in fp8: quantise what meets the matrices too, calibrated",
+    )
+    group.add_argument(
+        "--calibration",
+        type=Path,
+        metavar="FILE",
+        help='lines of {"text": …} to calibrate with (default: the recorded set)',
+    )
+
+
+def _plan_options(args: argparse.Namespace) -> PlanOptions:
+    return PlanOptions(
+        rows_max=args.rows_max,
+        chunk=args.chunk,
+        weight_streaming=args.weight_streaming,
+        refit=args.refit,
+        activations=args.activations,
+        calibration=args.calibration,
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -71,6 +128,8 @@ def run(args: argparse.Namespace) -> int:
         name=args.name,
         device_bytes=None if args.device_memory is None else parse_bytes(args.device_memory),
         sharding=Sharding(tp=args.tp, pp=args.pp, cp=args.cp),
+        context_tokens=args.context_tokens,
+        plans=_plan_options(args),
         is_config_only=args.config_only,
         threads=cores(),
     )

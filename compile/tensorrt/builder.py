@@ -1,0 +1,214 @@
+"""The builder of TensorRT targets: plans, their facts, and what can be verified here.
+
+Where a device answers, the engine is verified as serving runs it. Where none does, its networks
+are: computed on the CPU, layer by layer, sharded builds over processes. The manifest says which.
+"""
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from headrace.compile.artifact_key import ArtifactKey, graph_digest, weights_digest
+from headrace.compile.builder import FAMILY_CODE, Engine, Prompts, verify_engine
+from headrace.compile.checkpoint import open_checkpoint
+from headrace.compile.families.base import Model, Weights
+from headrace.compile.families.registry import describe
+from headrace.compile.memory import Footprint
+from headrace.compile.progress import Progressing
+from headrace.compile.sharding import parts
+from headrace.compile.tensorrt.build import BuildOrder, build_plans
+from headrace.compile.tensorrt.decoder_network import Plan, write_decoder
+from headrace.compile.tensorrt.library import TENSORRT, library_version, open_library
+from headrace.compile.tensorrt.linear_forms import linear_for
+from headrace.compile.tensorrt.network import Network
+from headrace.compile.tensorrt.options import PlanOptions
+from headrace.compile.tensorrt.profiles import default_profiles
+from headrace.compile.tensorrt.targets import Target, find_target
+from headrace.compile.tensorrt_memory import TensorRtFootprint
+from headrace.compile.tensors import Array, Checkpoint
+from headrace.serving.domain.artifact import (
+    Manifest,
+    Precision,
+    Profile,
+    Sharding,
+    TensorRt,
+    Verification,
+)
+
+_CODE = (
+    "headrace.compile.sharding",
+    *(
+        f"headrace.compile.tensorrt.{name}"
+        for name in ("decoder_network", "linear_forms", "network", "rank_build")
+    ),
+    *FAMILY_CODE,
+)
+"""Modules that decide what a network is."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorRtBuilder:
+    """Writes the plans of one TensorRT target."""
+
+    target: str
+    precision: Precision
+    sharding: Sharding
+    options: PlanOptions
+    home: Path
+
+    @property
+    def footprint(self) -> Footprint:
+        return TensorRtFootprint(self.precision, self.options.rows_max, self.options.chunk)
+
+    def require(self, model: Model) -> None:
+        parts(model.decoder, self.sharding)
+
+    def key(self, checkpoint: Checkpoint, model: Model) -> ArtifactKey:
+        library = self._target.library
+        facts = {
+            "family": model.family,
+            "decoder": model.decoder,
+            "cache_tokens": self._cache_tokens(model),
+            "capabilities": list(self._target.capabilities(self.precision)),
+            "flags": list(self.options.flags),
+        }
+        return ArtifactKey(
+            weights_digest=weights_digest(checkpoint),
+            graph_digest=graph_digest(_CODE, facts),
+            target=self.target,
+            libraries={
+                library: library_version(library),
+                **{package: version(package) for package in ("headrace", "numpy")},
+            },
+            precision=self.precision,
+            profiles=self._profiles,
+            sharding=self.sharding,
+        )
+
+    def write(
+        self, checkpoint: Checkpoint, model: Model, folder: Path, work: Path, progress: Progressing
+    ) -> Engine:
+        held = [self.footprint.weight_bytes(part) for part in parts(model.decoder, self.sharding)]
+        built = build_plans(
+            BuildOrder(
+                checkpoint=checkpoint.path,
+                decoder=model.decoder,
+                sharding=self.sharding,
+                precision=self.precision,
+                library=self._target.library,
+                compute_capabilities=self._target.capabilities(self.precision),
+                profiles=self._profiles,
+                cache_tokens=self._cache_tokens(model),
+                flags=self.options.flags,
+                activation_scales=None,
+                timing_cache=self._timing_cache(),
+            ),
+            work,
+            weight_bytes=held,
+            progress=progress,
+        )
+        # The files stay in `work` too, so that a verification that fails costs no build.
+        for name in built.files:
+            os.link(work / name, folder / name)
+        return Engine(
+            kind="tensorrt",
+            weight_bytes=sum(rank.weight_bytes for rank in built.ranks),
+            tensorrt=TensorRt(
+                library=self._target.library,
+                version=library_version(self._target.library),
+                compute_capabilities=tuple(self._target.capabilities(self.precision)),
+                cache_tokens=self._cache_tokens(model),
+                profiles=tuple(self._profiles),
+                sharding=self.sharding,
+                ranks=tuple(built.ranks),
+                flags=self.options.flags,
+            ),
+        )
+
+    def verify(
+        self,
+        checkpoint: Checkpoint,
+        model: Model,
+        manifest: Manifest,
+        folder: Path,
+        prompts: Prompts,
+        references: Iterable[Array],
+        reference: str,
+    ) -> Verification:
+        if self._can_run():
+            return verify_engine(manifest, folder, prompts, references, reference, threads=1)
+        # torch computes the networks, and is wanted for nothing else here.
+        from headrace.compile.tensorrt.network_check import verify_network
+
+        return verify_network(
+            partial(_make_network, self, checkpoint.path, self._cache_tokens(model)),
+            prompts,
+            references,
+            decoder=model.decoder,
+            sharding=self.sharding,
+            precision=self.precision,
+            reference=reference,
+        )
+
+    @property
+    def _target(self) -> Target:
+        return find_target(self.target)
+
+    @property
+    def _profiles(self) -> Sequence[Profile]:
+        return default_profiles(self.options.rows_max, self.options.chunk, cp=self.sharding.cp)
+
+    def _cache_tokens(self, model: Model) -> int:
+        """The longest sequence and one chunk of padding; see `serving/engine/plan_io.py`."""
+        return model.decoder.context_tokens + self.options.chunk
+
+    def _can_run(self) -> bool:
+        """Whether a device answers that the plans are for; one process verifies one rank."""
+        return False
+
+    def _timing_cache(self) -> Path | None:
+        """TensorRT's measurements of kernels; the next build of this target takes fewer.
+
+        TensorRT-RTX compiles its kernels when it loads a plan, and has none.
+        """
+        if self._target.library != TENSORRT:
+            return None
+        folder = self.home / "timings"
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder / f"{self.target}-{library_version(TENSORRT)}.cache"
+
+
+def open_network(library: str) -> Network:
+    """An empty network of the library.
+
+    Raises:
+        UnsupportedModel: the library is missing.
+    """
+    trt = open_library(library)
+    builder = trt.Builder(trt.Logger(trt.Logger.ERROR))
+    strongly_typed = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+    return Network(trt, builder.create_network(strongly_typed))
+
+
+def _make_network(
+    builder: TensorRtBuilder, path: Path, cache_tokens: int, rank: int
+) -> tuple[Any, Any]:
+    """The network of a rank, as its build made it, and its constants; in any process."""
+    checkpoint = open_checkpoint(path)
+    model = describe(checkpoint)
+    net = open_network(find_target(builder.target).library)
+    write_decoder(
+        net,
+        Plan(
+            part=parts(model.decoder, builder.sharding)[rank],
+            sharding=builder.sharding,
+            cache_tokens=cache_tokens,
+        ),
+        Weights(checkpoint, model),
+        linear_for(builder.precision, None),
+    )
+    return net.definition, net.constants
