@@ -16,6 +16,7 @@ from headrace.compile.host import fingerprint
 from headrace.compile.tensors import Array
 from headrace.serving.domain.artifact import Precision, Verification, VerifyMethod
 from headrace.serving.engine.base import Engine, Row
+from headrace.serving.engine.block_pool import SCRATCH_BLOCK
 from headrace.serving.errors import OutsideTolerance
 
 TEXT_TOKENS_MAX = 96
@@ -209,9 +210,10 @@ def _surprise(logits: Array, following: np.ndarray) -> float:
 
 
 def _blocks(engine: Engine, index: int) -> list[int]:
-    """The KV blocks of one text; texts lie one after the other."""
+    """The KV blocks of one text; texts lie one after the other, behind the scratch block."""
     each = -(-TEXT_TOKENS_MAX // engine.limits.kv_block_tokens)
-    return list(range(index * each, (index + 1) * each))
+    first = SCRATCH_BLOCK + 1 + index * each
+    return list(range(first, first + each))
 
 
 def _decode(engine: Engine, prompts: Sequence[Sequence[int]]) -> list[Array]:
