@@ -40,6 +40,7 @@
     x ArtifactUntrusted     FAILED_PRECONDITION  signed with a key that is not trusted here
     x ArtifactUnverified    FAILED_PRECONDITION  the engine itself was never run against a reference
     x RemoteStoreFault      UNAVAILABLE          a bucket or folder of artifacts does not answer
+    x DeviceUnsuitable      FAILED_PRECONDITION  the machine's GPU, driver or library is another
     x DoesNotFit            FAILED_PRECONDITION  the memory is too small
     x OutsideTolerance      FAILED_PRECONDITION  the engine differs too much from the reference
     x UnsupportedModel      FAILED_PRECONDITION  a family or feature we do not compile
@@ -321,6 +322,10 @@ class ArtifactUnverified(ArtifactError):
 class RemoteStoreFault(ArtifactError):
     code = Code.UNAVAILABLE
     reason = "REMOTE_STORE_FAULT"
+
+
+class DeviceUnsuitable(ArtifactError):
+    reason = "DEVICE_UNSUITABLE"
 
 
 class DoesNotFit(ArtifactError):

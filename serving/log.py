@@ -252,6 +252,37 @@ def limits_changed(*, limits: int) -> None:
     _event(logging.INFO, "limits_changed", limits=limits)
 
 
+def engine_loaded(
+    *, model: str, device: str, rank: int, rows_max: int, device_bytes: int, duration_ms: float
+) -> None:
+    """An engine has the device: `device_bytes` of it, for at most `rows_max` sequences."""
+    _event(
+        logging.INFO,
+        "engine_loaded",
+        model=model,
+        device=device,
+        rank=rank,
+        rows_max=rows_max,
+        device_bytes=device_bytes,
+        duration_ms=round(duration_ms, 1),
+    )
+
+
+def graph_refused(*, rows: int, why: str) -> None:
+    """A decode step could not be recorded: it is given to the device kernel by kernel."""
+    _event(logging.WARNING, "graph_refused", rows=rows, why=why)
+
+
+def library_said(*, library: str, level: int, said: str) -> None:
+    """A line of a native library's own log, at one of our levels."""
+    _event(level, "library_said", library=library, said=said)
+
+
+def not_freed(*, what: str, why: str) -> None:
+    """Something could not be given back while an engine closed; the rest was."""
+    _event(logging.WARNING, "not_freed", what=what, why=why)
+
+
 def refused(error: ServingError, *, during: str) -> None:
     """A refusal that reaches no caller, for example of a background task."""
     _event(

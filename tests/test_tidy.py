@@ -33,6 +33,9 @@ HOMES: dict[str, tuple[str, ...]] = {
     "torch": ("compile", "deploy/bench"),
     "transformers": ("compile", "deploy/bench"),
     "onnxruntime": ("serving/engine/onnx_engine.py",),
+    "cuda": ("serving/engine/cuda_device.py",),
+    "tensorrt": ("serving/engine/tensorrt_library.py", "compile/tensorrt"),
+    "tensorrt_rtx": ("serving/engine/tensorrt_library.py", "compile/tensorrt"),
     "sqlite3": (
         "serving/metering",
         "serving/admission",

@@ -135,6 +135,8 @@ def open_engine(
             from headrace.serving.engine.onnx_engine import OnnxEngine as kind
         case "native":
             from headrace.serving.engine.native_engine import NativeEngine as kind
+        case "tensorrt":
+            from headrace.serving.engine.tensorrt import TensorRtEngine as kind
         case _:
             raise _tampered(folder, f"The manifest asks for an engine {manifest.engine!r}.")
     return kind(

@@ -84,6 +84,9 @@ class Scheduler(Generic[JobT]):
             limits.sequence_tokens_max, self.pool.num_blocks * limits.kv_block_tokens
         )
         """The longest sequence that fits an otherwise empty engine."""
+        # An engine of linear caches has a block for each row, as long as any sequence: then none
+        # ever needs another, and blocks kept free for that would be rows that never run.
+        self._spare_each = int(self.sequence_tokens_max > limits.kv_block_tokens)
         self.times = StepTimeModel()
         self.running: list[JobT] = []
         """Jobs that have blocks, by tier and arrival: the last one gives way first."""
@@ -262,6 +265,11 @@ class Scheduler(Generic[JobT]):
             plan.grants.append((job, count))
             tokens_left -= count
 
+    @property
+    def _spare_blocks(self) -> int:
+        """Each running job may need a block soon: taking the last ones would only preempt."""
+        return self._spare_each * len(self.running)
+
     def _urgency(self, job: JobT, ahead: int = 0) -> Urgency:
         per_token_ms = self._ms_per_prompt_token
         wait_ms = (len(job.token_ids) - job.num_computed) * per_token_ms
@@ -331,7 +339,7 @@ class Scheduler(Generic[JobT]):
             return
         urgency, job = found
         limit = _FLEX if urgency.state == AT_STAKE and job.rank <= _STANDARD else _BATCH
-        blocks = self._missing(job)[1] + len(self.running) - self.pool.num_free
+        blocks = self._missing(job)[1] + self._spare_blocks - self.pool.num_free
         rows = 1 + len(self.running) - self._limits.rows_max
         victims: list[JobT] = []
         for victim in reversed(self.running):
@@ -339,7 +347,7 @@ class Scheduler(Generic[JobT]):
                 break
             victims.append(victim)
             # A row that ends also gives back the block that was kept free for it.
-            blocks -= self.pool.num_alone(victim.block_ids) + 1
+            blocks -= self.pool.num_alone(victim.block_ids) + self._spare_each
             rows -= 1
         if victims and blocks <= 0 and rows <= 0:
             for victim in victims:
@@ -379,10 +387,8 @@ class Scheduler(Generic[JobT]):
         """Move a waiting job to the running ones with blocks for all it knows, or do nothing."""
         found, missing = self._missing(job)
         self.pool.share(found)
-        # Each running job may need a block soon: admitting into the last ones would only preempt.
-        spare = len(self.running)
         taken = None
-        if missing + spare <= self.pool.num_free:
+        if missing + self._spare_blocks <= self.pool.num_free:
             taken = self.pool.take(missing)
         if taken is None:
             self.pool.release(found)

@@ -1,267 +1,147 @@
-"""`make gpu-check`: is the decoder module right on this machine's GPU, and what does it cost.
+"""`make gpu-check`: is what we build right on this machine's GPU, and what does it cost.
 
-Runs on any NVIDIA machine whose python3 has PyTorch with CUDA; needs no weights and no network.
-Three parts, one JSON report:
+One command, under 8 minutes, no network; one JSON report in two parts:
 
-* the card's own ceilings: copy bandwidth and bf16 matrix rate;
-* `compile/families/decoder.py` on the GPU against itself on the CPU in fp32, random weights;
-* the time of decode steps (CUDA graphs, contiguous KV, bf16) and prefill chunks for published
-  shapes, each beside its memory roofline. These are PyTorch's times, not a TensorRT engine's: they
-  bound from above what such an engine should cost, and calibrate simulations until there is one.
+* the card's ceilings and the decoder module under PyTorch (`pytorch_part.py`): needs PyTorch with
+  CUDA;
+* TensorRT engines of SmolLM2-135M and of Qwen3-0.6B's shape (`engine_part.py`): built, compared
+  with `transformers` on the CPU, loaded and timed. Needs `tensorrt` 11 (H100, H200, B200) or
+  `tensorrt_rtx` (GeForce and workstation cards), `cuda-bindings`, and the extra `compile`. Where
+  one is missing the report says so under `engines`, and the PyTorch part is all there is.
+
+Exit status: 0 all was run and is right; 1 something is wrong; 3 no GPU answers; 4 the engines were
+not checked.
 """
 
 import argparse
 import json
-import statistics
-import subprocess
+import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
-import torch
+import engine_part
+import pytorch_part
 
-from headrace.compile.families.decoder import DecoderModule
-from headrace.serving.domain.artifact import Decoder
+from headrace.serving.config import Config
 
-SHAPES = {
-    "smollm2-135m": Decoder(
-        layers=30, hidden=576, heads=9, kv_heads=3, head_dim=64, ffn=1536, vocab=49_152,
-        rms_eps=1e-5, qkv_bias=False, qk_norm=False, tied=True, context_tokens=8192,
-    ),
-    "qwen3-0.6b": Decoder(
-        layers=28, hidden=1024, heads=16, kv_heads=8, head_dim=128, ffn=3072, vocab=151_936,
-        rms_eps=1e-6, qkv_bias=False, qk_norm=True, tied=True, context_tokens=40_960,
-    ),
-    "qwen3-8b": Decoder(
-        layers=36, hidden=4096, heads=32, kv_heads=8, head_dim=128, ffn=12_288, vocab=151_936,
-        rms_eps=1e-6, qkv_bias=False, qk_norm=True, tied=False, context_tokens=40_960,
-    ),
-}  # fmt: skip
-"""From the models' published config.json files."""
-BATCHES = (1, 8, 32, 64, 128)
-CONTEXTS = (512, 2048, 8192)
-CHUNKS = (128, 512, 2048, 4096)
-KV_BYTES_MAX = 40 << 30
-"""Of one measurement: leaves an 80 GB card room for 16 GB of weights."""
-BF16 = torch.bfloat16
+RIGHT, WRONG, NO_GPU, NOT_CHECKED = 0, 1, 3, 4
+
+PYTORCH_SHARE = 0.25
+"""Of the time: the engines, which are what is checked, come first and get the rest."""
+
+Part = ModuleType | SimpleNamespace
 
 
-class Caches:
-    """A `kv_update` over contiguous caches: the last T of S tokens are written, S are read."""
-
-    def __init__(self, decoder: Decoder, *, rows: int, context: int, device: str) -> None:
-        shape = (rows, decoder.kv_heads, context, decoder.head_dim)
-        self.context = context
-        self.keys = [torch.zeros(shape, dtype=BF16, device=device) for _ in range(decoder.layers)]
-        self.values = [torch.zeros_like(keys) for keys in self.keys]
-
-    def __call__(
-        self, layer: int, keys: torch.Tensor, values: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        first = self.context - keys.shape[1]
-        self.keys[layer][:, :, first:].copy_(keys.transpose(1, 2))
-        self.values[layer][:, :, first:].copy_(values.transpose(1, 2))
-        return self.keys[layer], self.values[layer]
-
-
-class Half(torch.nn.Module):
-    """The module in bf16: cosines and sines are made in fp32 and cast, as an engine would."""
-
-    def __init__(self, module: DecoderModule) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, *arguments: object) -> torch.Tensor:
-        with torch.autocast("cuda", dtype=BF16):
-            return self.module(*arguments)
-
-
-def random_module(decoder: Decoder, *, dtype: torch.dtype, device: str) -> DecoderModule:
-    """Weights of the usual spread; seeded, so that two devices get the same ones."""
-    torch.manual_seed(7)
-    with torch.device("meta"):
-        module = DecoderModule(decoder)
-    module = module.to_empty(device=device).eval().requires_grad_(requires_grad=False)
-    for name, parameter in module.named_parameters():
-        source = torch.randn(parameter.shape, device="cpu" if device == "cpu" else device) * 0.02
-        parameter.data = (torch.ones_like(source) if "norm" in name else source).to(dtype)
-    half = decoder.head_dim // 2
-    module.inv_freq = 1e6 ** (-torch.arange(half, device=device, dtype=torch.float32) / half)
-    return module
-
-
-def seconds_of(work: Callable[[], object], *, repeats: int) -> float:
-    """Median of `repeats` runs, each timed by events on the device."""
-    for _ in range(3):
-        work()
-    torch.cuda.synchronize()
-    times = []
-    for _ in range(repeats):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        work()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) / 1000)
-    return statistics.median(times)
-
-
-def ceilings() -> dict[str, float]:
-    source = torch.empty(4 << 30, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    copy_s = seconds_of(lambda: target.copy_(source), repeats=10)
-    a, b = (torch.randn(8192, 8192, dtype=BF16, device="cuda") for _ in range(2))
-    product_s = seconds_of(lambda: a @ b, repeats=10)
-    return {
-        "copy_gb_s": 2 * source.numel() / copy_s / 1e9,
-        "bf16_tflop_s": 2 * 8192**3 / product_s / 1e12,
-    }
-
-
-def agreement(decoder: Decoder) -> dict[str, float]:
-    """The module on the GPU against the CPU in fp32: 4 rows of 48 tokens, random weights."""
-    tokens = torch.randint(0, decoder.vocab, (4, 48))
-    positions = torch.arange(48).expand(4, 48)
-    mask = torch.ones(48, 48, dtype=torch.bool).tril().expand(4, 1, 48, 48)
-    chosen = torch.arange(4 * 48)
-
-    def hook(_: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return keys.transpose(1, 2), values.transpose(1, 2)
-
-    module = random_module(decoder, dtype=torch.float32, device="cpu")
-    with torch.inference_mode():
-        want = module(tokens, positions, mask, chosen, hook)
-        module = module.cuda()
-        given = [each.cuda() for each in (tokens, positions, mask, chosen)]
-        exact = module(*given, hook).cpu()
-        half = Half(module)(*given, hook).float().cpu()
-    spread = want.std().item()
-    return {
-        "fp32_max_error_of_spread": (exact - want).abs().max().item() / spread,
-        "bf16_rms_error_of_spread": (half - want).pow(2).mean().sqrt().item() / spread,
-        "fp32_top1": (exact.argmax(-1) == want.argmax(-1)).float().mean().item(),
-        "bf16_top1": (half.argmax(-1) == want.argmax(-1)).float().mean().item(),
-    }
-
-
-def bytes_of(module: DecoderModule, decoder: Decoder, *, rows: int, context: int) -> int:
-    """What a step must read: every weight but the rows of the embedding it skips, and the KV."""
-    weights = sum(p.numel() * p.element_size() for p in module.parameters())
-    if not decoder.tied:
-        weights -= module.embed.weight.numel() * module.embed.weight.element_size()
-    return weights + rows * context * decoder.kv_values_per_token * 2
-
-
-def steps(name: str, decoder: Decoder, copy_gb_s: float) -> Iterator[dict[str, object]]:
-    module = random_module(decoder, dtype=BF16, device="cuda")
-    for rows in BATCHES:
-        for context in CONTEXTS:
-            if rows * context * decoder.kv_values_per_token * 2 > KV_BYTES_MAX:
-                continue
-            step_s = decode_s(module, decoder, rows=rows, context=context)
-            least_s = bytes_of(module, decoder, rows=rows, context=context) / copy_gb_s / 1e9
-            yield {
-                "shape": name, "kind": "decode", "rows": rows, "context": context,
-                "ms": step_s * 1e3, "tokens_per_s": rows / step_s,
-                "roofline_ms": least_s * 1e3, "of_roofline": least_s / step_s,
-            }  # fmt: skip
-    for chunk in CHUNKS:
-        chunk_s = prefill_s(module, decoder, chunk)
-        yield {
-            "shape": name, "kind": "prefill", "rows": 1, "context": chunk,
-            "ms": chunk_s * 1e3, "tokens_per_s": chunk / chunk_s,
-        }  # fmt: skip
-
-
-def decode_s(module: DecoderModule, decoder: Decoder, *, rows: int, context: int) -> float:
-    """One step of `rows` rows, each with `context` tokens behind it, as a replayed CUDA graph."""
-    caches = Caches(decoder, rows=rows, context=context, device="cuda")
-    tokens = torch.zeros(rows, 1, dtype=torch.int64, device="cuda")
-    positions = torch.full((rows, 1), context - 1, device="cuda")
-    chosen = torch.arange(rows, device="cuda")
-    run = in_half(module, tokens, positions, chosen, caches)
-    with torch.inference_mode():
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            run()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            run()
-        took_s = seconds_of(graph.replay, repeats=15)
-    del graph, caches
-    torch.cuda.empty_cache()
-    return took_s
-
-
-def prefill_s(module: DecoderModule, decoder: Decoder, chunk: int) -> float:
-    """One row's first chunk. Attention is not masked: it does twice a causal one's work."""
-    caches = Caches(decoder, rows=1, context=chunk, device="cuda")
-    tokens = torch.zeros(1, chunk, dtype=torch.int64, device="cuda")
-    positions = torch.arange(chunk, device="cuda")[None]
-    chosen = torch.tensor([chunk - 1], device="cuda")
-    with torch.inference_mode():
-        return seconds_of(in_half(module, tokens, positions, chosen, caches), repeats=8)
-
-
-def in_half(
-    module: DecoderModule,
-    tokens: torch.Tensor,
-    positions: torch.Tensor,
-    chosen: torch.Tensor,
-    caches: Caches,
-) -> Callable[[], torch.Tensor]:
-    half = Half(module)
-    return lambda: half(tokens, positions, None, chosen, caches)
-
-
-def card() -> dict[str, str]:
-    query = "name,driver_version,memory.total"
-    line = subprocess.run(
-        ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"],
-        capture_output=True, text=True, check=True,
-    ).stdout.splitlines()[0]  # fmt: skip
-    name, driver, memory = (part.strip() for part in line.split(","))
-    return {"name": name, "driver": driver, "memory": memory, "torch": torch.__version__}
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("gpu-report.json"))
-    parser.add_argument("--seconds", type=float, default=300, help="stop measuring after this long")
-    args = parser.parse_args()
-    if not torch.cuda.is_available():
+def main(
+    arguments: Sequence[str] | None = None,
+    *,
+    pytorch: Part = pytorch_part,
+    engines: Part = engine_part,
+) -> int:
+    args = parsed(arguments)
+    if not pytorch.has_gpu():
         print("No GPU answers here: gpu-check needs an NVIDIA card and PyTorch with CUDA.")
-        return 3
-    until = time.monotonic() + args.seconds
-    top = ceilings()
-    agreements = {name: agreement(SHAPES[name]) for name in ("smollm2-135m", "qwen3-0.6b")}
+        return NO_GPU
+    until_s = time.monotonic() + args.seconds
+    card, ceilings = pytorch.card(), pytorch.ceilings()
     report: dict[str, object] = {
         "measured_at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "card": card(),
-        "ceilings": top,
-        "agreement": agreements,
+        "card": card,
+        "ceilings": ceilings,
+        "agreement": pytorch.agreements(),
     }
-    rows: list[dict[str, object]] = []
-    complete = True
-    for name, decoder in SHAPES.items():
-        for row in steps(name, decoder, top["copy_gb_s"]):
-            rows.append(row)
-            print(json.dumps(row), flush=True)
-            complete = time.monotonic() < until
-            if not complete:
-                break
-        torch.cuda.empty_cache()
-    report |= {"complete": complete, "steps": rows}
-    args.out.write_text(json.dumps(report, indent=1) + "\n")
-    print(json.dumps({name: report[name] for name in ("card", "ceilings", "agreement")}, indent=1))
-    is_right = all(
-        each["fp32_max_error_of_spread"] < 1e-3 and each["bf16_rms_error_of_spread"] < 0.05
-        for each in agreements.values()
+    engines_until_s = until_s - PYTORCH_SHARE * args.seconds
+    report["engines"] = checked(
+        engines,
+        card["compute_capability"],
+        smollm2=args.smollm2,
+        shapes=pytorch.SHAPES,
+        copy_gb_s=ceilings["copy_gb_s"],
+        until_s=engines_until_s,
     )
-    return 0 if is_right else 1
+    write(report, args.out)  # What follows is only slower or faster.
+    report["steps"] = shown(pytorch.steps(ceilings["copy_gb_s"], until_s=until_s))
+    report["complete"] = time.monotonic() < until_s
+    write(report, args.out)
+    return judged(report, pytorch)
+
+
+def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("gpu-report.json"))
+    parser.add_argument(
+        "--seconds", type=float, default=420, help="stop measuring after this long (default: 420)"
+    )
+    parser.add_argument(
+        "--smollm2",
+        type=Path,
+        help="SmolLM2-135M's checkpoint folder (default: what `headrace models pull smollm2-135m` "
+        "left in the home; without it, random weights of its shape)",
+    )
+    args = parser.parse_args(arguments)
+    pulled = Config.load(None).home / "checkpoints" / "smollm2-135m"
+    if args.smollm2 is None and pulled.is_dir():
+        args.smollm2 = pulled
+    return args
+
+
+def checked(
+    engines: Part,
+    capability: str,
+    *,
+    smollm2: Path | None,
+    shapes: dict,
+    copy_gb_s: float,
+    until_s: float,
+) -> dict[str, object]:
+    """The engines' half of the report."""
+    why = engines.why_not(capability)
+    if why is not None:
+        print(f"THE TENSORRT ENGINES ARE NOT CHECKED: {why}. What follows is PyTorch only.")
+        return {"ran": False, "why": why, "models": []}
+    target, _ = engines.target_of(capability)
+    found: list[dict[str, object]] = []
+    with tempfile.TemporaryDirectory(prefix="headrace-gpu-check-") as work:
+        home = Path(work) / "home"
+        for model in engines.models(Path(work), shapes, smollm2):
+            found.append(
+                engines.check(model, target, home=home, copy_gb_s=copy_gb_s, until_s=until_s)
+            )
+            print(json.dumps(found[-1], indent=1), flush=True)
+    return {"ran": True, "why": None, "models": found}
+
+
+def shown(rows: Sequence[dict[str, object]]) -> list[dict[str, object]]:
+    kept = []
+    for row in rows:
+        kept.append(row)
+        print(json.dumps(row), flush=True)
+    return kept
+
+
+def write(report: dict[str, object], out: Path) -> None:
+    out.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def judged(report: dict, pytorch: Part) -> int:
+    """Say in a few lines what came of it."""
+    print(json.dumps({name: report[name] for name in ("card", "ceilings", "agreement")}, indent=1))
+    engines = report["engines"]
+    for each in engines["models"]:
+        said = "right" if each["is_right"] else f"WRONG: {each['refused']['what']}"
+        best = max((step.get("of_roofline", 0) for step in each.get("steps", ())), default=0)
+        print(f"{each['name']} ({each['weights']} weights, {each['target']}): {said}; "
+              f"decode up to {best:.0%} of the memory roofline")  # fmt: skip
+    if not pytorch.is_right(report["agreement"]):
+        print("WRONG: the decoder module differs between GPU and CPU.")
+        return WRONG
+    if not engines["ran"]:
+        print(f"NOT CHECKED: the TensorRT engines ({engines['why']}).")
+        return NOT_CHECKED
+    return RIGHT if all(each["is_right"] for each in engines["models"]) else WRONG
 
 
 if __name__ == "__main__":

@@ -139,6 +139,15 @@ def test_a_preempted_job_comes_back_before_later_arrivals() -> None:
     assert granted(run(schedule)) == {"b": 5, "c": 1}
 
 
+def test_blocks_as_long_as_a_sequence_serve_as_many_jobs_as_there_are() -> None:
+    """No block is kept free for a job that can never need a second one."""
+    schedule = scheduler(rows_max=4, kv_blocks=5, kv_block_tokens=40)
+    for name in "abcd":
+        schedule.add(Job(name, [1, 2], PrefixChain(b"", 40)))
+
+    assert granted(run(schedule)) == {"a": 2, "b": 2, "c": 2, "d": 2}
+
+
 def test_a_prompt_that_does_not_fit_yet_is_not_overtaken() -> None:
     """The small one behind it would fit, again and again; the large one would starve."""
     schedule = scheduler(kv_blocks=7, batch_tokens_max=24)
