@@ -196,13 +196,15 @@ def _builder(order: Order, home: Path) -> Builder:
     # TensorRT's half is loaded where it is wanted.
     from headrace.compile.tensorrt.builder import TensorRtBuilder
 
-    return TensorRtBuilder(
+    builder = TensorRtBuilder(
         target=order.target,
         precision=order.precision,
         sharding=order.sharding,
         options=order.plans,
         home=home,
     )
+    builder.require_library()
+    return builder
 
 
 def _bounded(model: Model, order: Order) -> Model:

@@ -64,6 +64,14 @@ class TensorRtBuilder:
     def footprint(self) -> Footprint:
         return TensorRtFootprint(self.precision, self.options.rows_max, self.options.chunk)
 
+    def require_library(self) -> None:
+        """Refuse where the target's library is not here, before anything else is done.
+
+        Raises:
+            UnsupportedModel: that, and how to install it.
+        """
+        open_library(self._target.library)
+
     def require(self, model: Model) -> None:
         parts(model.decoder, self.sharding)
 

@@ -159,7 +159,7 @@ class NetworkEngine:
             rows_max=rows_max,
             batch_tokens_max=rows_max * TEXT_TOKENS_MAX,
             sequence_tokens_max=places,
-            kv_blocks=rows_max,
+            kv_blocks=rows_max + 1,
             # Texts never need a second block, however short the cache.
             kv_block_tokens=max(places, TEXT_TOKENS_MAX),
             vocab=decoder.vocab,
@@ -203,7 +203,8 @@ class NetworkEngine:
         return self._limits
 
     def step(self, rows: Sequence[Row]) -> Logits:
-        slots = [row.block_ids[0] for row in rows]
+        # As the runtime has it: block b is row b - 1, the pool's scratch block has no memory.
+        slots = [row.block_ids[0] - 1 for row in rows]
         low, high = min(slots), max(slots) + 1
         count = high - low
         tokens = max(len(row.token_ids) for row in rows)
