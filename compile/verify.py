@@ -46,15 +46,18 @@ class Tolerance:
 
 # Measured: SmolLM2-135M has a logit error of 3e-6 in fp32, 0.10 in int8 (top-1 95 %, perplexity
 # +2.4 %) and 0.07 in int4, which its Q4_1 weights fit exactly. Random Gaussian weights, the worst
-# case of a block's four bits, have 0.04 to 0.09 in int8 and 0.28 to 0.56 in int4. A computation
+# case of a block's four bits, have 0.04 to 0.09 in int8 and 0.28 to 0.56 in int4. TensorRT's
+# networks of it, computed in their own types, have 0.05 in bf16 (top-1 96 %, perplexity +0.2 %;
+# transformers in bf16 has 0.045) and 0.18 with FP8 weights, a scale a row (91 %, +3.5 %); random
+# weights have 0.01 to 0.02 and 0.09 to 0.15. A computation
 # that is wrong (another rotation, a missing bias) is near 1: logits that are merely unrelated
 # have 1.41.
 TOLERANCES: Mapping[Precision, Tolerance] = {
     Precision.FP32: Tolerance(logit_error_max=1e-4, top1_min=0.995, perplexity_delta_max=1e-4),
     Precision.INT8: Tolerance(logit_error_max=0.20, top1_min=0.90, perplexity_delta_max=0.05),
     Precision.INT4: Tolerance(logit_error_max=0.65, top1_min=0.80, perplexity_delta_max=0.15),
-    Precision.BF16: Tolerance(logit_error_max=0.05, top1_min=0.95, perplexity_delta_max=0.02),
-    Precision.FP8: Tolerance(logit_error_max=0.30, top1_min=0.85, perplexity_delta_max=0.08),
+    Precision.BF16: Tolerance(logit_error_max=0.10, top1_min=0.93, perplexity_delta_max=0.02),
+    Precision.FP8: Tolerance(logit_error_max=0.35, top1_min=0.85, perplexity_delta_max=0.10),
 }
 
 

@@ -68,16 +68,20 @@ class DecoderModule(nn.Module):
             sample_index: [samples] int64.
             kv_update: where keys and values live.
         """
-        angles = position_ids[..., None].to(torch.float32) * cast("torch.Tensor", self.inv_freq)
-        angles = torch.cat((angles, angles), dim=-1)[:, None]
-        cos = torch.cos(angles) * self.decoder.rope_scale
-        sin = torch.sin(angles) * self.decoder.rope_scale
+        cos, sin = self.turns(position_ids)
         hidden = self.embed(input_ids)
         for layer in self.layers:
             hidden = layer(hidden, cos, sin, mask, kv_update)
         chosen = hidden.reshape(-1, self.decoder.hidden)[sample_index]
         head = self.embed if self.decoder.tied else self.lm_head
         return F.linear(self.final_norm(chosen), cast("torch.Tensor", head.weight))
+
+    def turns(self, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """RoPE's cosines and sines [B, 1, T, H] at `position_ids` [B, T]."""
+        angles = position_ids[..., None].to(torch.float32) * cast("torch.Tensor", self.inv_freq)
+        angles = torch.cat((angles, angles), dim=-1)[:, None]
+        scale = self.decoder.rope_scale
+        return torch.cos(angles) * scale, torch.sin(angles) * scale
 
 
 class _Layer(nn.Module):

@@ -32,7 +32,6 @@ from headrace.serving.domain.artifact import (
 )
 from headrace.serving.engine import plan_io
 from headrace.serving.engine.base import Limits, Logits, Row
-from headrace.serving.errors import InvalidRequest
 
 MakeNetwork = Callable[[int], tuple[Any, Constants]]
 """A rank's number to its INetworkDefinition and the values of its constants. For more ranks than
@@ -154,21 +153,15 @@ class NetworkEngine:
             self._caches[past] = torch.zeros((rows_max, *stated.shape[1:]), dtype=stated.dtype)
             self._aliases[past] = plan_io.present(kind, layer)
         places = next(iter(self._caches.values())).shape[2]
-        if places < 2 * TEXT_TOKENS_MAX:
-            raise InvalidRequest(
-                f"A KV cache of {places} places is too short to verify.",
-                why=f"The texts have up to {TEXT_TOKENS_MAX} tokens, and padding takes room.",
-                fix=f"Allow sequences of at least {2 * TEXT_TOKENS_MAX} tokens.",
-                field="cache_tokens",
-            )
         self._held = np.zeros(rows_max, np.int32)
         """Tokens of each row's cache that count."""
         self._limits = Limits(
             rows_max=rows_max,
             batch_tokens_max=rows_max * TEXT_TOKENS_MAX,
-            sequence_tokens_max=places - TEXT_TOKENS_MAX,
+            sequence_tokens_max=places,
             kv_blocks=rows_max,
-            kv_block_tokens=places,
+            # Texts never need a second block, however short the cache.
+            kv_block_tokens=max(places, TEXT_TOKENS_MAX),
             vocab=decoder.vocab,
         )
 

@@ -109,7 +109,7 @@ def _watch(processes: Sequence[BaseProcess], folder: Path, *, deadline: float) -
         elif not ended:
             raise EngineFault(
                 f"Ranks {sorted(alive)} of {len(processes)} did not end in time.",
-                why="The others ended, or none did; the limit of the run was reached.",
+                why="They were still at work when the limit of the run was reached.",
                 fix="Look for what slows them, or allow more time.",
             )
     if failed:

@@ -20,7 +20,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from headrace.compile import artifact_writer, pipeline, verify
+from headrace.compile import builder, pipeline, verify
 from headrace.compile.memory import weight_bytes
 from headrace.compile.pipeline import Built, Order, compile_model, plan
 from headrace.compile.store import Store
@@ -241,12 +241,12 @@ def test_outside_the_tolerance_nothing_is_written(
     checkpoint: Callable[[str], Path], empty_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An engine that computes something else must not become an artifact, whatever its speed."""
-    right = artifact_writer.Weights.__getitem__
+    right = builder.Weights.__getitem__
 
-    def wrong(self: artifact_writer.Weights, name: str) -> np.ndarray:
+    def wrong(self: builder.Weights, name: str) -> np.ndarray:
         return right(self, name) * (1.1 if name.endswith(".q") else 1.0)
 
-    monkeypatch.setattr(artifact_writer.Weights, "__getitem__", wrong)
+    monkeypatch.setattr(builder.Weights, "__getitem__", wrong)
     order = Order(source=str(checkpoint("llama")), precision=Precision.FP32)
 
     with pytest.raises(OutsideTolerance, match="top-1"):
@@ -260,7 +260,7 @@ def test_a_full_disk_is_refused_and_leaves_nothing(
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(pipeline, "write_engine", full)
+    monkeypatch.setattr(pipeline, "write_artifact", full)
 
     with pytest.raises(StorageFull, match="HEADRACE_HOME"):
         compile_model(

@@ -118,7 +118,7 @@ def test_the_command_line_plans_from_a_config_alone(
     assert (found["target"], found["precision"]) == ("h200", "bf16")
     assert [profile["name"] for profile in found["profiles"]] == [
         "prefill",
-        "decode_1",
+        "decode_2",
         "decode_8",
         "decode_32",
     ]

@@ -3,13 +3,15 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 
 import numpy as np
 import pytest
 
+from headrace.compile.host import fingerprint
 from headrace.compile.tensors import Array
 from headrace.compile.verify import verify
-from headrace.serving.domain.artifact import Precision, Verification
+from headrace.serving.domain.artifact import Precision, Verification, VerifyMethod
 from headrace.serving.engine.base import Limits, Logits, Row
 from headrace.serving.errors import OutsideTolerance
 
@@ -68,6 +70,14 @@ def test_an_exact_engine_has_no_error() -> None:
     assert found.max_abs_error == 0
     assert found.top1_agreement == 1.0
     assert found.perplexity == found.perplexity_reference
+
+
+def test_it_is_said_what_was_run_and_by_whom_and_when() -> None:
+    found = measured(CountingEngine(sureness=6.0))
+
+    assert found.method is VerifyMethod.ENGINE
+    assert found.host == f"{fingerprint()} cpu"
+    assert datetime.fromisoformat(found.verified_at).utcoffset() == timedelta(0)
 
 
 def test_perplexity_is_that_of_the_next_token() -> None:
