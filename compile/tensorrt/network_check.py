@@ -159,7 +159,8 @@ class NetworkEngine:
             rows_max=rows_max,
             batch_tokens_max=rows_max * TEXT_TOKENS_MAX,
             sequence_tokens_max=places,
-            kv_blocks=rows_max,
+            # As in the engine itself: the pool's scratch block has no memory.
+            kv_blocks=rows_max + 1,
             # Texts never need a second block, however short the cache.
             kv_block_tokens=max(places, TEXT_TOKENS_MAX),
             vocab=decoder.vocab,
@@ -203,7 +204,7 @@ class NetworkEngine:
         return self._limits
 
     def step(self, rows: Sequence[Row]) -> Logits:
-        slots = [row.block_ids[0] for row in rows]
+        slots = [row.block_ids[0] - 1 for row in rows]
         low, high = min(slots), max(slots) + 1
         count = high - low
         tokens = max(len(row.token_ids) for row in rows)

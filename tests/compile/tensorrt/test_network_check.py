@@ -162,10 +162,10 @@ def test_a_row_between_two_others_keeps_what_it_holds(case: Case) -> None:
     """Rows 0 and 2 step, and row 1 with them for want of a gap, into places that do not count."""
     engine = case.engine()
     for row, prompt in enumerate(PROMPTS):
-        engine.step([Row(prompt[:3], 0, [row], samples=False)])
-    engine.step([Row(PROMPTS[row][3:4], 3, [row], samples=True) for row in (0, 2)])
+        engine.step([Row(prompt[:3], 0, [row + 1], samples=False)])
+    engine.step([Row(PROMPTS[row][3:4], 3, [row + 1], samples=True) for row in (0, 2)])
 
-    logits = engine.step([Row(PROMPTS[1][3:4], 3, [1], samples=True)])
+    logits = engine.step([Row(PROMPTS[1][3:4], 3, [2], samples=True)])
 
     np.testing.assert_allclose(logits[0], case.references[1][3], atol=1e-4)
 
