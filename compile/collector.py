@@ -145,7 +145,8 @@ def _remove(
 def _nobody_uses(folder: Path) -> Iterator[bool]:
     """Hold the lock that users of an artifact share; False where one of them has it."""
     try:
-        held = os.open(folder / MANIFEST_FILE, os.O_RDONLY | os.O_CLOEXEC)
+        # Nothing is written; NFS gives an exclusive lock on no other descriptor.
+        held = os.open(folder / MANIFEST_FILE, os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError:
         yield True  # Without its manifest nobody can have loaded it.
         return
@@ -161,20 +162,22 @@ def _nobody_uses(folder: Path) -> Iterator[bool]:
 
 
 def _leavings(store: Store, *, dry_run: bool) -> Sequence[str]:
-    """Hidden folders whose maker is gone: it would hold the lock of what it makes."""
+    """What was left unfinished and its maker is gone: he would hold the lock of what he makes."""
     found: list[str] = []
-    for kind, parent in (
-        ("artifact", store.artifacts),
-        ("checkpoint", store.home / "checkpoints"),
-    ):
-        for path in sorted(parent.glob(".*")):
-            name, dot, _ = path.name.removeprefix(".").rpartition(".")
-            if not dot or not path.is_dir():
+    for path, lock in _unfinished(store):
+        with locked_if_free(store.home / "locks" / lock) as is_free:
+            if not is_free or not path.is_dir():
                 continue
-            with locked_if_free(store.home / "locks" / f"{kind}-{name}") as is_free:
-                if not is_free:
-                    continue
-                found.append(str(path))
-                if not dry_run:
-                    shutil.rmtree(path)
+            found.append(str(path))
+            if not dry_run:
+                shutil.rmtree(path)
     return found
+
+
+def _unfinished(store: Store) -> Iterator[tuple[Path, str]]:
+    """Hidden folders, and the plans of ranks that were built so far; each with its lock's name."""
+    for kind, parent in (("artifact", store.artifacts), ("checkpoint", store.home / "checkpoints")):
+        for path in sorted(parent.glob(".*.*")):
+            yield path, f"{kind}-{path.name[1:].rpartition('.')[0]}"
+    for path in sorted((store.home / "builds").glob("*")):
+        yield path, f"artifact-{path.name}"

@@ -257,7 +257,7 @@ class Store:
             return parse_index(text.decode("utf-8"), at=_iso(written))
         except FileNotFoundError:
             return Index()
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise _damaged(path, str(error)) from error
 
     def _change(self, model: str, change: Callable[[Index], Index]) -> Index:

@@ -12,7 +12,7 @@ import pytest
 
 from headrace.compile.store import Store
 from headrace.serving.domain.artifact import Precision
-from headrace.serving.errors import ModelNotFound
+from headrace.serving.errors import ArtifactTampered, ModelNotFound
 
 DEMO_MODEL = "smollm2-135m"
 TEST_HOME = Path(__file__).parent.parent / "build" / "test-home"
@@ -41,7 +41,7 @@ def artifact_of() -> Callable[[Precision], Path]:
         with _locked(home / "build.lock"):
             try:
                 return Store(home).resolve(DEMO_MODEL, precision)
-            except ModelNotFound:
+            except (ModelNotFound, ArtifactTampered):  # Or built before what is built now.
                 _run(home, "models", "pull", DEMO_MODEL)
                 _run(home, "compile", DEMO_MODEL, "--precision", precision)
         return Store(home).resolve(DEMO_MODEL, precision)

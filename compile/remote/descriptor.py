@@ -87,7 +87,7 @@ class Descriptor:
             if len(set(names)) != len(names):
                 raise ValueError("a file stands twice")
             return cls(**raw)
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise ArtifactTampered(
                 f"The descriptor {where} cannot be read: {error}.",
                 why=f"Version {DESCRIPTOR_VERSION} is read strictly, and nothing is guessed.",

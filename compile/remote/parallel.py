@@ -1,8 +1,9 @@
 """Several transfers at once, bounded, with progress; the first that fails ends the others."""
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from itertools import islice
 from typing import Generic, TypeVar
 
 from headrace.compile.progress import Progressing
@@ -22,19 +23,22 @@ class Transfer(Generic[T]):
 
 
 def transfer_all(transfers: Sequence[Transfer[T]], progress: Progressing) -> Sequence[T]:
-    """Run all, at most `PARTS_AT_ONCE` at a time; answer their results in order.
+    """Run all, `PARTS_AT_ONCE` at a time; answer their results in order.
 
-    When one raises, what has not begun is dropped, what has is waited for, and it is raised.
+    When one raises no other is begun, those that run are waited for, and it is raised.
     """
     total, done = sum(each.part_bytes for each in transfers), 0
+    results: dict[int, T] = {}
+    waiting = iter(enumerate(transfers))
     with ThreadPoolExecutor(PARTS_AT_ONCE, thread_name_prefix="part") as pool:
-        futures = {pool.submit(each.run): each for each in transfers}
-        try:
-            for future in as_completed(futures):
-                future.result()
-                done += futures[future].part_bytes
+        running = {pool.submit(each.run): number for number, each in islice(waiting, PARTS_AT_ONCE)}
+        while running:
+            finished, _ = wait(running, return_when=FIRST_COMPLETED)
+            for future in finished:
+                number = running.pop(future)
+                results[number] = future.result()
+                done += transfers[number].part_bytes
                 progress.advance(done=done, total=total)
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-    return [future.result() for future in futures]
+            for number, each in islice(waiting, len(finished)):
+                running[pool.submit(each.run)] = number
+    return [results[number] for number in range(len(transfers))]

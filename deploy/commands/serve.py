@@ -58,7 +58,8 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     )
     parser.add_argument(
         "--allow-unverified",
-        action="store_const",
+        action="append_const",
+        dest="assignments",
         const="allow_unverified=true",
         help="serve engines that were built where their device was not, and so never run there",
     )
@@ -68,8 +69,6 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 def run(args: argparse.Namespace) -> int:
     console = Console(highlight=False, soft_wrap=True)
-    if args.allow_unverified:
-        args.assignments.append(args.allow_unverified)
     overrides = dict(parse_assignment(text) for text in args.assignments)
     config = Config.load(args.home).with_overrides(overrides, where="--set")
     config.prepare_home()

@@ -97,7 +97,7 @@ def _signature(folder: Path) -> Signature:
         raise _unsigned(
             folder, f"It has no {SIGNATURE_FILE}; what is built has one since manifest version 2."
         ) from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise _unsigned(folder, f"{SIGNATURE_FILE} cannot be read: {error}.") from error
 
 

@@ -23,6 +23,7 @@ from headrace.serving.domain.artifact import (
 from headrace.serving.metering.books import Books
 from headrace.serving.metering.meterlog import format as fmt
 from headrace.serving.observe import Metrics
+from headrace.serving.testing.signing import sign_artifact, trust_key
 
 
 @pytest.fixture
@@ -93,6 +94,8 @@ def artifact(config: Config, weights: bytes) -> None:
         files={"weights": hashlib.sha256(b"weights").hexdigest()},
     )
     (folder / MANIFEST_FILE).write_text(manifest.to_json())
+    sign_artifact(folder)
+    trust_key(config.home / "trust")
 
 
 def test_the_report_is_json_for_scripts_and_the_exit_code_says_whether_all_is_well(config, capsys):

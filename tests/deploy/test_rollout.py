@@ -1,10 +1,12 @@
 """What the configuration asks for, and what has to change for it to run."""
 
+import argparse
 from dataclasses import replace
 from pathlib import Path
 
+from headrace.deploy.commands.serve import add_parser
 from headrace.deploy.rollout import Changes, ModelPlan, changes, plan_models
-from headrace.serving.config import Config, ModelConfig
+from headrace.serving.config import Config, ModelConfig, parse_assignment
 
 HOME = Path("/nowhere")
 
@@ -69,6 +71,21 @@ def test_a_rollout_adds_one_replica_at_a_time() -> None:
     assert surges == [100, 50, 34, 13]
 
 
+def test_engines_that_were_never_run_are_only_loaded_where_that_is_configured() -> None:
+    """`headrace serve --allow-unverified` is an assignment, which every child process gets."""
+    commands = argparse.ArgumentParser()
+    add_parser(commands.add_subparsers())
+    words = ["serve", "--set", "models.chat.threads=2", "--allow-unverified"]
+    assignments = commands.parse_args(words).assignments
+    overrides = dict(parse_assignment(text) for text in assignments)
+    allowing = config(CHAT).with_overrides(overrides, where="--set")
+
+    plan = plan_models(allowing, lambda model: HOME)["chat"].engine
+
+    assert (plan.allow_unverified, plan.threads) == (True, 2)
+    assert not plans(CHAT)["chat"].engine.allow_unverified
+
+
 def test_versions_are_the_same_in_every_process() -> None:
     """A control process that starts again must not replace healthy replicas.
 
@@ -83,4 +100,4 @@ def test_versions_are_the_same_in_every_process() -> None:
         waiting_max=256,
         threads=1,
     )
-    assert plans(model)["chat"].engine.version == "e00f574c1fabf8fb"
+    assert plans(model)["chat"].engine.version == "88ffa571060040a7"

@@ -121,6 +121,7 @@ def platform(compiled_home: Path) -> Iterator[Platform]:
     home = Path(tempfile.mkdtemp(prefix="hr-"))
     (home / "artifacts").symlink_to(compiled_home / "artifacts")
     shutil.copytree(compiled_home / "names", home / "names")
+    shutil.copytree(compiled_home / "trust", home / "trust")
     shutil.copy(home / "names" / f"{MODEL}.json", home / "names" / "smollm2-second.json")
     with Platform(home, [TWO_REPLICAS]) as started:
         yield started

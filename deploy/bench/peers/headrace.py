@@ -166,7 +166,7 @@ def bench_config(folder: Path, home: Path, model: str, precision: Precision) -> 
     Raises:
         ConfigRefused: the folder cannot be made.
     """
-    for name in ("artifacts", "names"):
+    for name in ("artifacts", "names", "trust"):
         (folder / name).symlink_to((home / name).absolute())
     settings = {
         "models": [asdict(model_config(home, model, precision))],

@@ -1,15 +1,21 @@
-"""Nothing is loaded that is not exactly what was built."""
+"""Nothing is loaded that is not exactly what was built, and signed by somebody we trust."""
 
+import fcntl
 import hashlib
 import json
+import os
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from headrace.serving.domain.artifact import Decoder, Manifest, Precision, Verification
+from headrace.serving.engine.artifact_home import hold
 from headrace.serving.engine.loader import load_engine, read_manifest, verify_files
-from headrace.serving.errors import ArtifactTampered
+from headrace.serving.errors import ArtifactTampered, ArtifactUntrusted, ArtifactUnverified
+from headrace.serving.testing.signing import sign_artifact, trust_key
 
 DECODER = Decoder(
     layers=1,
@@ -39,11 +45,14 @@ CONTENT = {"weights": b"numbers", "tokenizer.json": b"{}"}
 
 @pytest.fixture
 def artifact(tmp_path: Path) -> Callable[..., Path]:
-    """Write an artifact's folder, with changes to its manifest."""
+    """Write a signed artifact into a home, with changes to its manifest."""
+    folder = tmp_path / "artifacts" / "a"
+    trust_key(tmp_path / "trust")
 
     def write(**changes: object) -> Path:
+        folder.mkdir(parents=True, exist_ok=True)
         for name, content in CONTENT.items():
-            (tmp_path / name).write_bytes(content)
+            (folder / name).write_bytes(content)
         manifest = Manifest(
             artifact_id="0" * 64,
             model="m",
@@ -60,8 +69,9 @@ def artifact(tmp_path: Path) -> Callable[..., Path]:
             files={name: hashlib.sha256(data).hexdigest() for name, data in CONTENT.items()},
         )
         raw = json.loads(manifest.to_json()) | changes
-        (tmp_path / "manifest.json").write_text(json.dumps(raw))
-        return tmp_path
+        (folder / "manifest.json").write_text(json.dumps(raw))
+        sign_artifact(folder)
+        return folder
 
     return write
 
@@ -118,6 +128,7 @@ def test_a_manifest_that_is_not_ours_is_refused(
 def test_a_manifest_that_is_no_text_is_refused(text: bytes, artifact: Callable[..., Path]) -> None:
     folder = artifact()
     (folder / "manifest.json").write_bytes(text)
+    sign_artifact(folder)
 
     with pytest.raises(ArtifactTampered):
         load_engine(folder)
@@ -131,3 +142,86 @@ def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
 def test_an_engine_nobody_knows_is_refused(artifact: Callable[..., Path]) -> None:
     with pytest.raises(ArtifactTampered, match="'steam'"):
         load_engine(artifact())
+
+
+def test_one_changed_byte_of_the_manifest_is_refused(artifact: Callable[..., Path]) -> None:
+    """Whoever changes a file would change its hash too; the signature is what he cannot make."""
+    folder = artifact()
+    path = folder / "manifest.json"
+    path.write_text(path.read_text().replace('"weight_bytes": 7', '"weight_bytes": 8'))
+
+    with pytest.raises(ArtifactTampered, match="does not fit its manifest"):
+        load_engine(folder)
+
+
+@pytest.mark.parametrize(
+    "text", [None, "", "{}", '{"key_id": "a", "signature": "!"}', "[" * 4000, "x" * 5000]
+)
+def test_without_a_signature_nothing_is_read(
+    text: str | None, artifact: Callable[..., Path]
+) -> None:
+    folder = artifact()
+    if text is None:
+        (folder / "manifest.sig").unlink()
+    else:
+        (folder / "manifest.sig").write_text(text)
+
+    with pytest.raises(ArtifactTampered, match=r"manifest\.sig.*headrace compile"):
+        load_engine(folder)
+
+
+def test_a_key_nobody_trusts_here_is_refused_by_name(artifact: Callable[..., Path]) -> None:
+    folder, stranger = artifact(), Ed25519PrivateKey.generate()
+    sign_artifact(folder, stranger)
+
+    with pytest.raises(ArtifactUntrusted, match="models trust add"):
+        load_engine(folder)
+
+
+def test_trust_can_lie_elsewhere(artifact: Callable[..., Path], tmp_path: Path) -> None:
+    """A cluster mounts the trusted keys apart from the artifacts that everybody may write."""
+    folder = artifact()
+
+    with pytest.raises(ArtifactUntrusted, match="no key at all"):
+        load_engine(folder, trust=tmp_path / "elsewhere")
+    with pytest.raises(ArtifactTampered, match="'steam'"):
+        load_engine(folder, trust=trust_key(tmp_path / "elsewhere"))
+
+
+def test_plans_of_two_ranks_that_changed_places_are_refused(artifact: Callable[..., Path]) -> None:
+    """Each is a right file; rank 0 with the weights of rank 1 would answer nonsense."""
+    folder = artifact()
+    one, other = (folder / name for name in CONTENT)
+    content = one.read_bytes()
+    one.write_bytes(other.read_bytes())
+    other.write_bytes(content)
+
+    with pytest.raises(ArtifactTampered, match="SHA-256"):
+        load_engine(folder)
+
+
+@pytest.mark.parametrize("method", ["network", "none"])
+def test_an_engine_that_was_never_run_is_refused_unless_allowed(
+    method: str, artifact: Callable[..., Path]
+) -> None:
+    folder = artifact(verification={**asdict(VERIFICATION), "method": method})
+
+    with pytest.raises(ArtifactUnverified, match="--allow-unverified"):
+        load_engine(folder)
+    with pytest.raises(ArtifactTampered, match="'steam'"):
+        load_engine(folder, allow_unverified=True)
+
+
+def test_loading_is_seen_by_whoever_wants_to_remove(
+    artifact: Callable[..., Path], tmp_path: Path
+) -> None:
+    (tmp_path / "uses").mkdir()
+
+    held = hold(artifact())
+
+    assert (tmp_path / "uses" / "a").exists()
+    with (tmp_path / "artifacts" / "a" / "manifest.json").open() as file:
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.close(held)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
