@@ -31,8 +31,9 @@ soak: $(VENV)/.dev postgres ## the long version of what `make test` does briefly
 	  tests/serving/metering/meterlog/test_simulation.py
 	$(BIN)/headrace bench faults --trials 1000
 
-# With the machine's own python3: it is the one that has PyTorch with CUDA.
-gpu-check: build/types ## on a machine with an NVIDIA GPU: verify, measure, write gpu-report.json
+# With the machine's own python3: it is the one that has PyTorch with CUDA, and TensorRT. Where that
+# cannot be imported, the report and exit status 4 say that no engine was checked.
+gpu-check: build/types ## on a machine with an NVIDIA GPU: build, verify, measure, write gpu-report.json
 	PYTHONPATH=build/types $(PYTHON) tests/gpu/check.py
 
 protos: $(VENV)/.dev ## generate serving/pb from protos/

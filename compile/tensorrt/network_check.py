@@ -159,6 +159,7 @@ class NetworkEngine:
             rows_max=rows_max,
             batch_tokens_max=rows_max * TEXT_TOKENS_MAX,
             sequence_tokens_max=places,
+            # As in the engine itself: the pool's scratch block has no memory.
             kv_blocks=rows_max + 1,
             # Texts never need a second block, however short the cache.
             kv_block_tokens=max(places, TEXT_TOKENS_MAX),
@@ -203,7 +204,6 @@ class NetworkEngine:
         return self._limits
 
     def step(self, rows: Sequence[Row]) -> Logits:
-        # As the runtime has it: block b is row b - 1, the pool's scratch block has no memory.
         slots = [row.block_ids[0] - 1 for row in rows]
         low, high = min(slots), max(slots) + 1
         count = high - low

@@ -155,6 +155,18 @@ class CudaDevice:
         )
 
 
+def capability_here() -> str | None:
+    """The compute capability of the first GPU, for example "9.0"; None where no driver answers."""
+    try:
+        device = CudaDevice()
+    except DeviceUnsuitable:
+        return None
+    try:
+        return device.compute_capability
+    finally:
+        device.close()
+
+
 def _num_devices() -> int:
     """How many devices a driver shows.
 

@@ -25,6 +25,9 @@ VERSION = "11.4.0.106"
 
 _MAGIC = "fake plan"
 
+View = Callable[[str], np.ndarray]
+"""From a tensor's name to its values on the device, in the shape of the run; bf16 as uint16."""
+
 
 class Severity(IntEnum):
     INTERNAL_ERROR = 0
@@ -123,6 +126,10 @@ class FakePlan:
         return found
 
 
+Compute = Callable[[FakePlan, View], None]
+"""Reads a run's inputs and writes its outputs."""
+
+
 class FakeTensorRt:
     """Implements `Library`: the module, for one device."""
 
@@ -139,8 +146,15 @@ class FakeTensorRt:
         def log(self, severity: Severity, msg: str) -> None:
             raise NotImplementedError
 
-    def __init__(self, device: FakeDevice) -> None:
+    def __init__(self, device: FakeDevice, compute: Compute | None = None) -> None:
+        """Make the module.
+
+        Args:
+            device: that its plans run on.
+            compute: what a run computes, in place of a plan's `FakeDecoder`.
+        """
         self.device = device
+        self.compute = compute or _compute
         self.runs = 0
         """Calls of execute_async_v3 so far, over all contexts; replays are not calls."""
         self.refuse_run: int | None = None
@@ -376,7 +390,8 @@ class FakeContext:
             assert context._version >= version
             # Activations of any context: what another one kept there is overwritten.
             device.bytes_at(*activations).fill(0xAB)
-            _compute(plan, view)
+            _check_inputs(plan, view)
+            library.compute(plan, view)
             rows, tokens = bound[plan_io.POSITION_IDS][1]
             library.profiles_run.append((profile, rows, tokens))
 
@@ -389,10 +404,8 @@ class FakeContext:
         return replay if device.is_recording else run
 
 
-def _compute(plan: FakePlan, view: Callable[[str], np.ndarray]) -> None:
-    decoder = plan.decoder
-    starts = view(plan_io.WRITE_INDICES).astype(np.int64)
-    lengths = view(plan_io.KV_LENGTHS).astype(np.int64)
+def _check_inputs(plan: FakePlan, view: View) -> None:
+    starts, lengths = view(plan_io.WRITE_INDICES), view(plan_io.KV_LENGTHS)
     positions = view(plan_io.POSITION_IDS)
     rows, tokens = positions.shape
     assert rows * tokens % plan.cp == 0, "a run's tokens are not dealt out evenly"
@@ -400,6 +413,13 @@ def _compute(plan: FakePlan, view: Callable[[str], np.ndarray]) -> None:
     assert (lengths == starts + tokens).all()
     assert starts.min() >= 0
     assert lengths.max() <= plan.cache_tokens, "a row writes past its cache"
+
+
+def _compute(plan: FakePlan, view: View) -> None:
+    decoder = plan.decoder
+    starts = view(plan_io.WRITE_INDICES).astype(np.int64)
+    lengths = view(plan_io.KV_LENGTHS).astype(np.int64)
+    rows, tokens = view(plan_io.POSITION_IDS).shape
     if plan.is_first:
         ids = view(plan_io.INPUT_IDS).astype(np.int64)
         assert ids.min() >= 0

@@ -14,7 +14,9 @@ not checked.
 """
 
 import argparse
+import importlib
 import json
+import os
 import tempfile
 import time
 from collections.abc import Sequence
@@ -22,10 +24,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
-import engine_part
 import pytorch_part
-
-from headrace.serving.config import Config
 
 RIGHT, WRONG, NO_GPU, NOT_CHECKED = 0, 1, 3, 4
 
@@ -39,9 +38,10 @@ def main(
     arguments: Sequence[str] | None = None,
     *,
     pytorch: Part = pytorch_part,
-    engines: Part = engine_part,
+    engines: Part | None = None,
 ) -> int:
     args = parsed(arguments)
+    engines = engines or engine_part()
     if not pytorch.has_gpu():
         print("No GPU answers here: gpu-check needs an NVIDIA card and PyTorch with CUDA.")
         return NO_GPU
@@ -69,6 +69,16 @@ def main(
     return judged(report, pytorch)
 
 
+def engine_part() -> Part:
+    """The engines' part, or one that says which package it lacks: PyTorch alone is no reason to
+    measure nothing."""
+    try:
+        return importlib.import_module("engine_part")
+    except ImportError as error:
+        why = f"{error.name} is not installed (pip install 'headrace[compile,gpu]')"
+        return SimpleNamespace(why_not=lambda capability: why)
+
+
 def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("gpu-report.json"))
@@ -82,7 +92,8 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
         "left in the home; without it, random weights of its shape)",
     )
     args = parser.parse_args(arguments)
-    pulled = Config.load(None).home / "checkpoints" / "smollm2-135m"
+    home = Path(os.environ.get("HEADRACE_HOME") or Path.home() / ".headrace")
+    pulled = home / "checkpoints" / "smollm2-135m"
     if args.smollm2 is None and pulled.is_dir():
         args.smollm2 = pulled
     return args

@@ -15,6 +15,7 @@ import checkpoints
 
 from headrace.compile.checkpoint import open_checkpoint
 from headrace.compile.pipeline import Order, compile_model
+from headrace.compile.tensorrt.options import PlanOptions
 from headrace.compile.verify import verify
 from headrace.serving.domain.artifact import Decoder, Manifest, Precision
 from headrace.serving.engine.base import Engine, Row
@@ -24,6 +25,8 @@ from headrace.serving.errors import DoesNotFit, ServingError
 ROWS = (1, 8, 32, 64)
 CONTEXTS = (512, 2048)
 CHUNKS = (128, 512)
+CONTEXT_TOKENS = 3584
+"""With the longest chunk 4,096 places a row: 30 GB of caches for 64 rows of Qwen3-0.6B."""
 REPEATS = 20
 PROMPTS, PROMPT_TOKENS = 8, 64
 CACHE_VALUE_BYTES = 2
@@ -78,7 +81,14 @@ def models(work: Path, shapes: dict[str, Decoder], smollm2: Path | None) -> Iter
 
 
 def build(model: Model, target: str, home: Path) -> Path:
-    order = Order(source=model.source, precision=Precision.BF16, target=target, name=model.name)
+    order = Order(
+        source=model.source,
+        precision=Precision.BF16,
+        target=target,
+        name=model.name,
+        context_tokens=CONTEXT_TOKENS,
+        plans=PlanOptions(rows_max=max(ROWS), chunk=max(CHUNKS)),
+    )
     return compile_model(order, home=home).folder
 
 

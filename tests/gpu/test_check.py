@@ -106,6 +106,16 @@ def test_without_tensorrt_the_report_says_so_plainly(
     assert "ENGINES ARE NOT CHECKED: none is here" in capsys.readouterr().out
 
 
+def test_a_machine_with_pytorch_alone_still_measures_it(
+    gpu: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "engine_part", None)
+    out = tmp_path / "report.json"
+
+    assert gpu.check.main(["--out", str(out)], pytorch=pytorch()) == gpu.check.NOT_CHECKED
+    assert "engine_part is not installed" in json.loads(out.read_text())["engines"]["why"]
+
+
 @pytest.mark.parametrize(
     ("capability", "said"),
     [

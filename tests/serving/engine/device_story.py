@@ -64,6 +64,7 @@ def told(device: Device) -> dict[str, object]:
 
 
 if __name__ == "__main__":
-    from headrace.serving.engine.cuda_device import CudaDevice
+    from headrace.serving.engine.cuda_device import CudaDevice, capability_here
 
+    assert capability_here() == "9.0"
     print(json.dumps(told(CudaDevice())))

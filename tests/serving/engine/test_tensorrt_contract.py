@@ -267,11 +267,18 @@ def test_every_enumeration_taken_by_name_is_in_the_table(path: Path) -> None:
 
 @cache
 def _tree(path: Path) -> ast.AST:
-    """The file's tree, in which an attribute that is called knows its call."""
+    """The file's tree, in which an attribute that is called knows its call, and a name that its
+    function declares to be of ours knows that."""
     tree = ast.parse(path.read_text())
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
             vars(node.func)["call"] = node
+        if isinstance(node, ast.FunctionDef):
+            typed = [each for each in node.args.args if each.annotation]
+            ours = {each.arg for each in typed if ast.unparse(each.annotation) != "Any"}
+            for inner in ast.walk(node):
+                if isinstance(inner, ast.Name) and inner.id in ours:
+                    vars(inner)["is_ours"] = True
     return tree
 
 
@@ -292,6 +299,8 @@ def _receiver(path: Path, node: ast.Attribute) -> str | None:
     inner = node.value
     if isinstance(inner, ast.Attribute) and _receiver(path, inner) == MODULE:
         return inner.attr  # `trt.DataType.BF16`: the class is named.
+    if hasattr(inner, "is_ours"):
+        return None
     word = inner.id if isinstance(inner, ast.Name) else getattr(inner, "attr", "")
     return RECEIVERS.get(f"{path.name}:{word}") or RECEIVERS.get(word)
 
