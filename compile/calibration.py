@@ -6,9 +6,9 @@ needs the memory of one layer, of the embedding and of the texts' hidden states,
 
 An FP8 number is as exact near its largest value as far below it, and a value that is cut off ruins
 the answer. Measured on SmolLM2-135M: cutting at the 99th percentile of tokens raises the logit
-error from 0.27 to 1.45, and a scale twice as large as needed leaves it as it is, while the verify
-texts exceed another text's largest input by up to 1.37. So scales have `MARGIN` above the largest
-value seen, and there is no percentile.
+error from 0.27 to 1.45; a scale twice as large as needed leaves it as it is; and the verify texts
+reach 1.37 times the largest input that half of these texts have. So scales have `MARGIN` above the
+largest value seen, and there is no percentile. SmolLM2-135M takes 28 s of one core.
 """
 
 import hashlib

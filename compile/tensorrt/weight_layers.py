@@ -1,23 +1,24 @@
 """The layers that bring a matrix into a network: a constant, and for FP8 and INT4 a dequantise.
 
 One recipe for every form: `y = x * add_weight(...)^T`, that is
-`add_matrix_multiply(x, NONE, weight, TRANSPOSE)`. Where the input was calibrated, `x` passes
-through `add_activation_quantise` first; products of one input share that pair of layers.
+`add_matrix_multiply(x, NONE, weight, TRANSPOSE)`. Where the input is calibrated, `x` passes through
+`add_activation_quantise` first; matrices of one input share those layers and one `fp8_scale`.
 
-What TensorRT-RTX 1.7.1 makes of it for SM89, read from the plans of single products of (2048, 1024)
-(no GPU was at hand, so that this is the choice of kernels, not their speed):
+What TensorRT-RTX 1.7.1 makes of it for SM89, read from the plans of products of (2048, 1024) and of
+an MLP. No GPU was at hand: this is which kernels it chooses, not how fast they are.
 
-    form                bytes a weight   kernels
-    bf16                2.00             one product
-    FP8, by output      1.00             one: cast, scale and product are fused
-    FP8, one scale      1.00             the same
-    FP8, by output, x   1.00             quantise, FP8 product, and a kernel that scales the outputs
-    FP8, one scale, x   1.00             quantise, FP8 product that absorbs the scales
-    INT4 blocks of 128  0.516            one: unpack, scale and product are fused
+    form                 plan bytes a weight   kernels
+    bf16                 2.00                  the product
+    FP8                  1.00                  one: cast, scale and product are fused
+    INT4, blocks of 128  0.516                 one: unpack, scale and product are fused
+    FP8 of an FP8 input  1.00                  quantise; FP8 product, which absorbs the scales
 
-Nothing is unfolded into bf16 constants. Beside the weights a plan has some 11 KB, 2 to 5 KB a
-product, and 0.15 MB of code once for FP8 products. SM80 and SM86 refuse FP8. INT4's scales must be
-of the output's type, bf16, and either layout of the matrix builds; no `block_shape` is to be set.
+Nothing is unfolded into bf16 constants. The last merges matrices of one input into one product, and
+quantises the next input in the kernel before it; with a scale for each output, or one for each
+matrix, another kernel scales the result. Beside its weights a plan has some 11 KB, 2 to 5 KB a
+product and the code of its kernels, 0.15 MB for the first of a kind. SM80 and SM86 refuse FP8.
+INT4's scales must have the output's type, bf16; (outputs, inputs) and its transpose both build, and
+the scale's shape says the block: no axis and no `block_shape`.
 """
 
 from collections.abc import Mapping, MutableMapping
