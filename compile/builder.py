@@ -167,6 +167,8 @@ def verify_engine(
     reference: str,
     *,
     threads: int,
+    kv_tokens: int | None = None,
+    device: str = "cpu",
 ) -> Verification:
     """Load the engine of `folder` as serving would, and compare it with the reference.
 
@@ -179,12 +181,18 @@ def verify_engine(
         manifest,
         rows_max=len(prompts),
         batch_tokens_max=TEXT_TOKENS_MAX,
-        kv_tokens=len(prompts) * 2 * TEXT_TOKENS_MAX,
+        kv_tokens=kv_tokens or len(prompts) * 2 * TEXT_TOKENS_MAX,
         threads=threads,
     )
     try:
         return verify(
-            engine, prompts, references, precision=manifest.precision, reference=reference
+            engine,
+            prompts,
+            references,
+            precision=manifest.precision,
+            reference=reference,
+            target=manifest.target,
+            device=device,
         )
     finally:
         engine.close()
