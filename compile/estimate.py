@@ -111,7 +111,7 @@ def estimate_decoder(
         plans, profiles, cache_tokens = [], (), 0
         notes += [_NO_CPU_MIXTURE] * bool(decoder.experts)
     else:
-        engine = TensorRtFootprint(precision, options.rows_max, options.chunk)
+        engine = TensorRtFootprint(precision, options.rows_max, options.chunk, options.activations)
         found = fit(decoder, engine, device_bytes=device, sharding=sharding)
         plans = [engine.plan_bytes(part, sharding) for part in parts(decoder, sharding)]
         profiles = default_profiles(engine.rows_max, engine.chunk, cp=sharding.cp)

@@ -30,6 +30,7 @@ from headrace.compile.storage import locked, require_room, staged
 from headrace.compile.store import Store, check_name
 from headrace.compile.targets import CPU, require_precision
 from headrace.compile.tensorrt.options import PlanOptions
+from headrace.compile.tensorrt.targets import find_target
 from headrace.compile.tensors import Checkpoint, read_json, unreadable
 from headrace.compile.verify import TEXT_TOKENS_MAX
 from headrace.compile.verify_texts import TEXTS
@@ -208,18 +209,20 @@ def _builder(order: Order, home: Path) -> Builder:
 
 
 def _bounded(model: Model, order: Order) -> Model:
-    """The model with the context that was asked for.
+    """The model with the context that was asked for, or the longest that the target serves.
 
     Raises:
-        InvalidRequest: it was not meant for so long a context.
+        InvalidRequest: the model or the target does not serve so long a context.
     """
-    wanted, most = order.context_tokens, model.decoder.context_tokens
-    if wanted is None:
-        return model
+    most, why = model.decoder.context_tokens, "the model was made for"
+    places = None if order.target == CPU else find_target(order.target).cache_tokens_max
+    if places is not None and places - order.plans.chunk < most:
+        most, why = places - order.plans.chunk, f"{order.target} has fused attention for"
+    wanted = order.context_tokens or min(most, model.decoder.context_tokens)
     if not 0 < wanted <= most:
         raise InvalidRequest(
             f"A context of {wanted:,} tokens was asked for.",
-            why=f"The model was made for up to {most:,}.",
+            why=f"That is more than {why}: {most:,}.",
             fix=f"Choose --context-tokens between 1 and {most}.",
             field="context_tokens",
         )

@@ -17,21 +17,36 @@ bytes, 147,456 bytes.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from headrace.compile.families.rope import ROPE_TENSOR
 from headrace.compile.sharding import Part, held_shapes
 from headrace.compile.tensorrt.profiles import CHUNK, ROWS_MAX, default_profiles
 from headrace.compile.tensorrt.weight_forms import form_bytes, is_quantised
-from headrace.serving.domain.artifact import Decoder, Precision, Sharding
+from headrace.serving.domain.artifact import Decoder, Precision, Profile, Sharding
 
 PLAN_BYTES_FIXED = 1_500_000
 PROFILE_BYTES_FIXED = 620_000
-PROFILE_BYTES_PER_LAYER = 345_000
-PROFILE_BYTES_PER_QK_NORM = 297_000
-"""What a plan has beside its constants: kernels, for each layer of each profile. Fitted to plans of
-TensorRT-RTX 1.7.1 of 4 to 30 layers with 1 to 4 profiles. TensorRT 11 has not been measured."""
+LAYER_BYTES: Mapping[Precision, tuple[int, int]] = {
+    Precision.BF16: (345_000, 297_000),
+    Precision.FP8: (656_000, 107_000),
+    Precision.INT4: (653_000, 107_000),
+}
+"""For each layer of each profile, and more where heads are normed."""
+CALIBRATED_LAYER_BYTES = 246_000
+TP_LAYER_BYTES = 300_000
+MIXTURE_LAYER_BYTES = 360_000
+"""More for inputs in FP8, for the sums of tensor ranks, and for routing.
+
+What a plan has beside its constants: kernels. Fitted to some forty plans of TensorRT-RTX 1.7.1, of 2
+to 30 layers with 1 to 4 profiles (`headrace bench plans` measures two). TensorRT 11 has not been
+measured.
+"""
+
+WORKSPACE_BYTES = 8_192_000
+QUANTISED_WORKSPACE_BYTES = 24_600_000
+"""Of the kernels' own, in decode steps; also found in TensorRT-RTX's build log."""
 
 _BF16_BYTES = 2
 _FLOAT_BYTES = 4
@@ -44,11 +59,14 @@ class TensorRtFootprint:
     precision: Precision
     rows_max: int = ROWS_MAX
     chunk: int = CHUNK
+    activations: bool = False
+    """FP8 only: what meets the matrices is FP8 too."""
 
     @property
     def narrower(self) -> Sequence["TensorRtFootprint"]:
         order = (Precision.BF16, Precision.FP8, Precision.INT4)
-        return [replace(self, precision=p) for p in order[order.index(self.precision) + 1 :]]
+        plain = replace(self, activations=False)
+        return [replace(plain, precision=p) for p in order[order.index(self.precision) + 1 :]]
 
     @property
     def value_bytes(self) -> int:
@@ -65,7 +83,8 @@ class TensorRtFootprint:
     def matrix_bytes(self, shape: tuple[int, ...]) -> int:
         """Of a matrix of the layers, (outputs, inputs)."""
         outputs, inputs = shape
-        return form_bytes("q", (outputs, inputs), self.precision)
+        sizes = (outputs, inputs)
+        return form_bytes("q", sizes, self.precision, is_calibrated=self.activations)
 
     def weight_bytes(self, part: Part) -> int:
         """Of every constant of the rank's network."""
@@ -88,7 +107,9 @@ class TensorRtFootprint:
         1.5 + 4 x (0.62 + 30 x 0.345) = 45.4 MB; built, it has 315.1.
         """
         facts = part.decoder
-        layer = PROFILE_BYTES_PER_LAYER + PROFILE_BYTES_PER_QK_NORM * facts.qk_norm
+        layer, normed = LAYER_BYTES[self.precision]
+        layer += normed * facts.qk_norm + CALIBRATED_LAYER_BYTES * self.activations
+        layer += TP_LAYER_BYTES * (sharding.tp > 1) + MIXTURE_LAYER_BYTES * (facts.experts > 0)
         profile = PROFILE_BYTES_FIXED + layer * facts.layers
         count = len(default_profiles(self.rows_max, self.chunk, cp=sharding.cp))
         return self.weight_bytes(part) + PLAN_BYTES_FIXED + count * profile
@@ -100,39 +121,41 @@ class TensorRtFootprint:
     def activation_bytes(self, part: Part, sharding: Sharding) -> int:
         """The most that lives at once inside a step of any profile; contexts share the memory.
 
-        With M tokens of a rank (rows x tokens / cp), R rows, D hidden, and of the rank N heads, K
-        KV heads, H head_dim, F ffn and V vocabulary: stream, norm and a layer's answer 3 M D,
-        queries, keys, values and what was attended to M (2 N + 2 K) H, gate, up and their product
-        3 M F, all bf16; queries and keys while they are turned M (N + K) H in float32; the logits
-        R V in bf16 and, of all tp ranks together, in float32. Under cp the exchanged queries, keys
-        and values are a second copy. Attention is fused and keeps no scores.
+        With M tokens of a rank (rows x tokens / cp), D hidden, and of the rank N heads, K KV heads,
+        H head_dim, F ffn, S places of its cache: a step keeps the larger of
 
-        A mixture computes its E experts of width F densely: 3 M E F bf16, and their answers M E D
-        in bf16 and in float32.
+            its products    workspace + 2 M (D + 3 F), or 2 M (2 D + (N + 2 K) H) + 4 M (N + K) H
+            its attention   4 N H S a row + 2 M (D + (2 N + K) H), in chunks of a prompt only
 
-        Qwen3-8B, M = 512, one rank: 512 x (12,288 + 10,240 + 36,864) x 2 + 512 x 5,120 x 4 is 71
-        MB; decoding 32 rows, the logits are 29 MB.
+        since TensorRT-RTX 1.7.1 copies a row's keys and values for every query head before it
+        attends to more than one token. A mixture computes its E experts of width F densely:
+        2 M E (2 D + F) beside the workspace.
+
+        Against its build log, contexts of 1,024 to 16,896 places and the shapes of Qwen3-0.6B,
+        Qwen3-8B and Qwen2.5-7B: -6 % to +4 %; SmolLM2-135M -18 % to +1 %; mixtures -15 % to +10 %.
+        Weights and this together: within 1.1 % of dense plans.
+
+        Qwen3-8B with 8,704 places: 16,384 x 8,704 + 512 x 26,624 = 156.2 MB; the log says 156.2.
         """
         profiles = default_profiles(self.rows_max, self.chunk, cp=sharding.cp)
-        return max(
-            _step_bytes(part, sharding, rows=each.rows[2], tokens=each.tokens[2])
-            for each in profiles
-        )
+        return max(self._step_bytes(part, sharding, profile) for profile in profiles)
 
-
-def _step_bytes(part: Part, sharding: Sharding, *, rows: int, tokens: int) -> int:
-    facts, m = part.decoder, rows * tokens // sharding.cp
-    n, k, h = facts.heads, facts.kv_heads, facts.head_dim
-    narrow = m * (3 * facts.hidden + (2 * n + 2 * k) * h)
-    wide = m * (n + k) * h
-    if sharding.cp > 1:
-        narrow += m * (n + 2 * k) * h
-    if facts.experts:
-        narrow += m * facts.experts * (3 * facts.expert_ffn + facts.hidden)
-        wide += m * facts.experts * facts.hidden
-    else:
-        narrow += 3 * m * facts.ffn
-    if part.is_last:
-        narrow += rows * facts.vocab
-        wide += rows * facts.vocab * sharding.tp
-    return _BF16_BYTES * narrow + _FLOAT_BYTES * wide
+    def _step_bytes(self, part: Part, sharding: Sharding, profile: Profile) -> int:
+        facts, rows, tokens = part.decoder, profile.rows[2], profile.tokens[2]
+        m, d, h = rows * tokens // sharding.cp, facts.hidden, facts.head_dim
+        n, k = facts.heads, facts.kv_heads
+        projected = m * (_BF16_BYTES * (2 * d + (n + 2 * k) * h) + _FLOAT_BYTES * (n + k) * h)
+        if facts.experts:
+            mixed = _BF16_BYTES * m * facts.experts * (2 * d + facts.expert_ffn)
+        else:
+            mixed = _BF16_BYTES * m * (d + 3 * facts.ffn)
+        is_prompt = tokens > 1
+        quantised = self.precision is not Precision.BF16 and not is_prompt
+        workspace = QUANTISED_WORKSPACE_BYTES if quantised else WORKSPACE_BYTES
+        attended = 0
+        if is_prompt:
+            own, whole = n // sharding.cp, rows * tokens
+            expanded = rows * self.cache_tokens(facts) * own * h
+            attended = 2 * _BF16_BYTES * expanded
+            attended += _BF16_BYTES * whole * (d + (2 * own + k) * h)
+        return max(workspace + max(projected, mixed), attended)

@@ -100,6 +100,7 @@ def build_plans(
             file=plan_io.plan_file(part.rank),
             plan_bytes=found.plan_bytes,
             weight_bytes=found.weight_bytes,
+            activation_bytes=found.activation_bytes,
             layers=(part.first_layer, part.last_layer),
         )
         built.append((plan, found))

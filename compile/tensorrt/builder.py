@@ -80,7 +80,10 @@ class TensorRtBuilder:
 
     @property
     def footprint(self) -> Footprint:
-        return TensorRtFootprint(self.precision, self.options.rows_max, self.options.chunk)
+        options = self.options
+        return TensorRtFootprint(
+            self.precision, options.rows_max, options.chunk, options.activations
+        )
 
     def require_library(self) -> None:
         """Refuse where the target's library is not here, before anything else is done.

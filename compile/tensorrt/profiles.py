@@ -19,15 +19,16 @@ def default_profiles(
     """The prefill profile, then one for each bucket of decode rows.
 
     Under context parallelism the tokens of a step are dealt out evenly: the least and the most of
-    each profile are rounded up to multiples of `cp`.
+    each profile are rounded up to multiples of `cp`, and none is for one token a rank.
     """
     chunk = _up(chunk, cp)
     profiles = [Profile(name="prefill", rows=(1, 1, 1), tokens=(_up(1, cp), chunk, chunk))]
-    edges = {_up(min(bucket, rows_max), cp) for bucket in _BUCKETS} | {_up(rows_max, cp)}
+    least, most = 2 * cp, _up(max(rows_max, 2 * cp), cp)
+    edges = {_up(max(least, min(bucket, most)), cp) for bucket in _BUCKETS} | {most}
     before = 0
     for rows in sorted(edges):
-        least = _up(before + 1, cp)
-        profiles.append(Profile(name=f"decode_{rows}", rows=(least, rows, rows), tokens=(1, 1, 1)))
+        fewest = _up(before + 1, cp)
+        profiles.append(Profile(name=f"decode_{rows}", rows=(fewest, rows, rows), tokens=(1, 1, 1)))
         before = rows
     return tuple(profiles)
 

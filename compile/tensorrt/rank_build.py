@@ -5,6 +5,7 @@ killed for memory, or crash, and neither may take the caller along.
 """
 
 import json
+import re
 import resource
 import time
 from collections import deque
@@ -29,6 +30,7 @@ FLAGS: Mapping[str, Sequence[str]] = {
 """What a manifest's flag is to the builder."""
 
 _ERRORS_KEPT = 20
+_ACTIVATIONS = re.compile(r"Total Activation Memory: (\d+) bytes")
 _NOT_FUSED = "not supported by a dedicated kernel"
 
 
@@ -51,6 +53,8 @@ class RankBuilt:
 
     plan_bytes: int
     weight_bytes: int
+    activation_bytes: int
+    """Of the profile that takes most, as the library's log says; 0 where it does not."""
     graph_digest: str
     seconds: float
     peak_rss_bytes: int
@@ -102,6 +106,7 @@ def build_rank(
     built = RankBuilt(
         plan_bytes=plan.nbytes,
         weight_bytes=found["summary"]["constant_bytes"],
+        activation_bytes=logger.activation_bytes,
         graph_digest=digest(found),
         seconds=time.perf_counter() - started,
         peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
@@ -164,7 +169,8 @@ def _refused(order: RankOrder, errors: Sequence[str]) -> UnsupportedModel:
             f"TensorRT has no fused attention for rank {part.rank}: {facts.heads} heads and "
             f"{facts.kv_heads} KV heads of {facts.head_dim}.",
             why=f"It would have to compute it piece by piece, which is never done. It said: {said}",
-            fix="Choose a smaller --tp: four heads a rank or more are known to be served.",
+            fix="Choose a smaller --tp, so that a rank has four heads or more, or a shorter "
+            "--context-tokens.",
         )
     return UnsupportedModel(
         f"TensorRT did not build rank {part.rank}.",
@@ -180,6 +186,7 @@ def _logger(trt: Any, log: TextIO) -> Any:
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
             self.errors: deque[str] = deque(maxlen=_ERRORS_KEPT)
+            self.activation_bytes = 0
 
         def log(self, severity: Any, message: str) -> None:
             if severity == trt.ILogger.VERBOSE:
@@ -187,6 +194,8 @@ def _logger(trt: Any, log: TextIO) -> Any:
             log.write(f"{severity.name} {message}\n")
             if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
                 self.errors.append(message)
+            if found := _ACTIVATIONS.match(message):
+                self.activation_bytes = max(self.activation_bytes, int(found[1]))
 
     return Logger()
 

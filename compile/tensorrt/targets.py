@@ -11,6 +11,10 @@ RTX_DEVICE_BYTES = 24 * 10**9
 """What a memory plan for `rtx` assumes where nobody says: the portable plan is for many cards, and
 24 GB is what the larger GeForce and small workstation ones have."""
 
+RTX_CACHE_TOKENS_MAX = 22_528
+"""TensorRT-RTX 1.7.1 has a fused attention of one token over 23,552 places and none over 24,576, in
+the shapes of SmolLM2-135M and Qwen3-0.6B; this many served every shape that was tried."""
+
 _FP8_SINCE = (8, 9)
 """TensorRT-RTX 1.7.1 for 8.0 and 8.6: "the model contains HW-specific datatypes: fp8_e4m3"."""
 
@@ -27,6 +31,8 @@ class Target:
     """Memory of one device, as its maker states it."""
     is_device_assumed: bool = False
     """Whether `device_bytes` is our guess, which --device-memory should replace."""
+    cache_tokens_max: int | None = None
+    """Places of a row's cache beyond which nothing is known to serve; None: no bound is known."""
     precisions: tuple[Precision, ...] = (Precision.BF16, Precision.FP8, Precision.INT4)
 
     def capabilities(self, precision: Precision) -> tuple[str, ...]:
@@ -48,6 +54,7 @@ _TARGETS = (
         compute_capabilities=("8.0", "8.6", "8.9", "12.0"),
         device_bytes=RTX_DEVICE_BYTES,
         is_device_assumed=True,
+        cache_tokens_max=RTX_CACHE_TOKENS_MAX,
     ),
     # "141 GB" HBM3e: MLCommons inference v4.1, NVIDIA/systems/H200-SXM-141GBx8_TRT_MaxQ.json.
     Target(

@@ -16,7 +16,7 @@ from headrace.compile.pipeline import locate
 from headrace.compile.progress import Silent
 from headrace.compile.published import open_config
 from headrace.compile.pull import pull
-from headrace.compile.sharding import parts
+from headrace.compile.sharding import Part, parts
 from headrace.compile.tensorrt.build import BuildOrder, BuiltPlans, build_plans
 from headrace.compile.tensorrt.profiles import default_profiles
 from headrace.compile.tensorrt.targets import find_target
@@ -67,7 +67,8 @@ def bench_plans(options: Options, home: Path, tell: Tell) -> Report:
         f"Target {TARGET.name}, {len(default_profiles())} profiles, a cache of "
         f"{options.context_tokens + TensorRtFootprint(Precision.BF16).chunk:,} places; medians of "
         f"{options.rounds} builds, each in a process of its own.",
-        "plan ratio: the file over what --dry-run says it will be.",
+        "plan ratio: what --dry-run says the file will have, over what it has; total: with the "
+        "activations of a step, which the library's build log states.",
     ]
     return report
 
@@ -101,14 +102,21 @@ def _rows(
                 )
             )
     plan_bytes = builds[0].ranks[0].plan_bytes
+    activation_bytes = builds[0].ranks[0].activation_bytes
     figures = {
         ("build_s", "s"): median(each.seconds for each in builds),
         ("peak_rss_mb", "MB"): max(each.peak_rss_bytes for each in builds) / 1e6,
         ("plan_mb", "MB"): plan_bytes / 1e6,
         ("weights_mb", "MB"): builds[0].ranks[0].weight_bytes / 1e6,
-        ("plan_ratio", "x"): plan_bytes / footprint.plan_bytes(part, Sharding()),
+        ("plan_ratio", "x"): footprint.plan_bytes(part, Sharding()) / plan_bytes,
+        ("total_ratio", "x"): _planned(footprint, part) / (plan_bytes + activation_bytes),
     }
     for (metric, unit), value in figures.items():
         yield Row(
             name=f"plans/{precision}/{name}", peer=OURS, metric=metric, value=value, unit=unit
         )
+
+
+def _planned(footprint: TensorRtFootprint, part: Part) -> int:
+    whole = Sharding()
+    return footprint.plan_bytes(part, whole) + footprint.activation_bytes(part, whole)

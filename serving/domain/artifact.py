@@ -144,6 +144,8 @@ class RankPlan:
     plan_bytes: int
     weight_bytes: int
     """Of the constants in its network."""
+    activation_bytes: int = 0
+    """Of a step, as the library said when it built; 0 where it did not."""
     layers: tuple[int, int]
     """The first layer it computes, and one past the last."""
 

@@ -67,8 +67,8 @@ def test_bf16_is_two_bytes_a_parameter_and_the_rope_tables() -> None:
 
     assert rank.weight_bytes == 2 * 8_190_735_360 + TABLES_8B
     assert rank.kv_bytes_per_token == 2 * 36 * 8 * 128 * 2
-    # 512 tokens of a chunk: 59,392 values in bf16 and 5,120 in float32 each, and one row's logits.
-    assert rank.activation_bytes == 512 * (59_392 * 2 + 5_120 * 4) + 151_936 * (2 + 4)
+    # A chunk of 512: keys and values of 41,472 places for 32 heads of 128, and 13,312 values a token.
+    assert rank.activation_bytes == 2 * 2 * 41_472 * 32 * 128 + 2 * 512 * 13_312
 
 
 def test_fp8_and_int4_change_the_layers_matrices_alone() -> None:

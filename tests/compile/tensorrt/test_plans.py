@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from headrace.compile.checkpoint import open_checkpoint
 from headrace.compile.families.registry import describe
-from headrace.compile.pipeline import Built, Order, compile_model, locate
+from headrace.compile.pipeline import Built, Order, compile_model, locate, plan
 from headrace.compile.progress import Silent
 from headrace.compile.sharding import parts
 from headrace.compile.tensorrt import build
@@ -31,6 +31,7 @@ from headrace.serving.errors import (
     ArtifactUnverified,
     DeviceUnsuitable,
     DoesNotFit,
+    InvalidRequest,
     UnsupportedModel,
 )
 
@@ -245,6 +246,24 @@ def test_attention_that_no_kernel_serves_is_refused_in_tensorrts_words(
     assert not any((tmp_path / "names").glob("*"))
 
 
+def test_a_context_that_no_kernel_serves_is_bounded_or_refused(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    """TensorRT-RTX attends with one token to 22,528 places at most, a chunk of padding included."""
+    config = json.loads((checkpoint / "config.json").read_text())
+    long = tmp_path / "long"
+    long.mkdir()
+    for file in checkpoint.iterdir():
+        (long / file.name).write_bytes(file.read_bytes())
+    (long / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 131_072}))
+    wanted = Order(source=str(long), precision=Precision.BF16, target="rtx")
+
+    assert plan(wanted, home=tmp_path).cache_tokens == 22_528
+    assert plan(replace(wanted, target="h200"), home=tmp_path).cache_tokens == 131_584
+    with pytest.raises(InvalidRequest, match="context of 22,017"):
+        plan(replace(wanted, context_tokens=22_017), home=tmp_path)
+
+
 @pytest.mark.model
 def test_the_demo_model_is_built_within_its_bounds(compiled_home: Path, tmp_path: Path) -> None:
     """SmolLM2-135M: a minute and 2 GB at most, all attention fused, 3 % off the plan at most."""
@@ -264,9 +283,12 @@ def test_the_demo_model_is_built_within_its_bounds(compiled_home: Path, tmp_path
 
     assert found.seconds <= 60
     assert found.peak_rss_bytes <= 2 * 10**9
-    assert found.ranks[0].plan_bytes == pytest.approx(
-        footprint.plan_bytes(part, Sharding()), rel=0.03
+    (rank,) = found.ranks
+    planned = footprint.plan_bytes(part, Sharding())
+    assert rank.plan_bytes == pytest.approx(planned, rel=0.03)
+    assert rank.plan_bytes + rank.activation_bytes == pytest.approx(
+        planned + footprint.activation_bytes(part, Sharding()), rel=0.03
     )
-    assert found.ranks[0].weight_bytes == pytest.approx(footprint.weight_bytes(part), rel=1e-4)
+    assert rank.weight_bytes == pytest.approx(footprint.weight_bytes(part), rel=1e-4)
     summary = network(tmp_path, 0)["summary"]
     assert summary["attentions"] == summary["fused_attentions"] == 30
