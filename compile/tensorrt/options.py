@@ -4,6 +4,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from headrace.compile.tensorrt.profiles import CHUNK, ROWS_MAX
+from headrace.serving.errors import InvalidRequest
+
+CHUNK_MIN = 2
+"""A profile of one token is one for decoding, and an engine without one for prompts is none."""
+ROWS_LIMIT, CHUNK_LIMIT = 1024, 16_384
+"""Of an engine's own settings, rows_max; and more prompt tokens than any step gains from."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,6 +28,25 @@ class PlanOptions:
     """In fp8: quantise what meets the matrices too, calibrated."""
     calibration: Path | None = None
     """Texts to calibrate with; the recorded set when None."""
+
+    def __post_init__(self) -> None:
+        """Refuse sizes that no engine can be made of.
+
+        Raises:
+            InvalidRequest: that, and what would do.
+        """
+        for name, value, least, most in (
+            ("rows_max", self.rows_max, 1, ROWS_LIMIT),
+            ("chunk", self.chunk, CHUNK_MIN, CHUNK_LIMIT),
+        ):
+            if not least <= value <= most:
+                flag = "--" + name.replace("_", "-")
+                raise InvalidRequest(
+                    f"{flag} is {value:,}.",
+                    why=f"It is at least {least:,} and at most {most:,}.",
+                    fix=f"Choose a number between them, or leave {flag} out.",
+                    field=name,
+                )
 
     @property
     def flags(self) -> tuple[str, ...]:

@@ -86,7 +86,7 @@ def build_rank(
     Raises:
         UnsupportedModel: TensorRT does not build this network; its own words say why.
     """
-    started = time.perf_counter()
+    started, rank = time.perf_counter(), order.plan.part.rank
     logger = _logger(trt, log)
     builder = trt.Builder(logger)
     strongly_typed = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
@@ -95,11 +95,16 @@ def build_rank(
     found = inspect(net)
     config = _configured(trt, builder, order, advance)
     for profile in order.profiles:
-        config.add_optimization_profile(_profile(builder, net, profile))
+        # Refused, it is left out and the build goes on: a plan that no engine could be made of.
+        if config.add_optimization_profile(_profile(builder, net, profile)) < 0:
+            raise UnsupportedModel(
+                f"TensorRT does not take the profile {profile.name!r} of rank {rank}.",
+                why=f"It is for rows {profile.rows} and tokens {profile.tokens}.",
+                fix="Choose another --rows-max or --chunk; the build log says more.",
+            )
     plan = builder.build_serialized_network(net.definition, config)
     if plan is None:
         raise _refused(order, logger.errors)
-    rank = order.plan.part.rank
     with (folder / plan_io.plan_file(rank)).open("wb") as file:
         file.write(plan)
     _keep_timings(config, order.timing_cache)

@@ -25,7 +25,7 @@ from headrace.compile.tensorrt.build import BuildOrder, BuiltPlans, build_plans
 from headrace.compile.tensorrt.options import PlanOptions
 from headrace.compile.tensorrt.profiles import default_profiles
 from headrace.compile.tensorrt_memory import TensorRtFootprint
-from headrace.serving.domain.artifact import Precision, Sharding, VerifyMethod
+from headrace.serving.domain.artifact import Precision, Profile, Sharding, VerifyMethod
 from headrace.serving.engine.loader import load_engine
 from headrace.serving.errors import (
     ArtifactUnverified,
@@ -232,6 +232,27 @@ def test_a_build_too_large_for_this_machine_is_refused_before_it_starts(
         built(order(checkpoint), tmp_path)
 
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("sizes", [{"rows_max": 0}, {"chunk": 1}, {"chunk": 2**20}], ids=str)
+def test_sizes_that_make_no_engine_are_refused_before_anything_is_read(
+    sizes: dict[str, int],
+) -> None:
+    with pytest.raises(InvalidRequest, match=r"--(rows-max|chunk) is"):
+        PlanOptions(**sizes)
+
+
+def test_a_profile_that_tensorrt_leaves_out_ends_the_build(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    """TensorRT says so and goes on without it; serving would find one profile too few."""
+    impossible = Profile(name="decode_0", rows=(1, 0, 0), tokens=(1, 1, 1))
+    wanted = order(checkpoint)
+
+    with pytest.raises(UnsupportedModel, match="does not take the profile 'decode_0'"):
+        built(replace(wanted, profiles=(*wanted.profiles, impossible)), tmp_path)
+
+    assert not (tmp_path / "rank-0.plan").exists()
 
 
 def test_attention_that_no_kernel_serves_is_refused_in_tensorrts_words(
