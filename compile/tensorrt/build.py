@@ -1,8 +1,8 @@
 """Building all ranks of a plan: one process each, resumable, with nothing half-done left behind.
 
 A build lives in `<home>/builds/<artifact id>/` until every rank is whole. A rank is done when
-`rank-N.done.json` is there: it is written last and holds the plan's hash, so that a build that was
-interrupted, by whatever, goes on with the rank it had reached.
+`rank-N.done.json` is there: it is written last and holds its files' hashes, so that a build that
+was interrupted, by whatever, goes on with the rank it had reached.
 """
 
 import json
@@ -106,11 +106,10 @@ def build_plans(
         built.append((plan, found))
     digests = "\n".join(each.graph_digest for _, each in built)
     ranks = [plan for plan, _ in built]
-    names = (plan_io.plan_file, plan_io.inspection_file, log_file)
     return BuiltPlans(
         ranks=ranks,
         graph_digest=sha256(digests.encode()).hexdigest(),
-        files=[name(plan.rank) for plan in ranks for name in names],
+        files=[name for plan in ranks for name in _files(plan.rank)],
         seconds=sum(each.seconds for _, each in built),
         peak_rss_bytes=max(each.peak_rss_bytes for _, each in built),
     )
@@ -200,16 +199,21 @@ def _done(folder: Path, rank: int) -> RankBuilt | None:
     note = folder / _DONE.format(rank)
     if not note.is_file():
         return None
-    told = json.loads(note.read_text("utf-8"))
-    plan = folder / plan_io.plan_file(rank)
-    if not plan.is_file() or sha256_of(plan) != told["plan_sha256"]:
-        return None
-    return RankBuilt(**told["built"])
+    try:
+        told = json.loads(note.read_text("utf-8"))
+        whole = all(sha256_of(folder / name) == told["sha256"][name] for name in _files(rank))
+    except (OSError, ValueError):
+        return None  # Lost with the power, or damaged: this rank is built again.
+    return RankBuilt(**told["built"]) if whole else None
+
+
+def _files(rank: int) -> Sequence[str]:
+    return [name(rank) for name in (plan_io.plan_file, plan_io.inspection_file, log_file)]
 
 
 def _finish(folder: Path, rank: int, built: RankBuilt) -> None:
     told = {
-        "plan_sha256": sha256_of(folder / plan_io.plan_file(rank)),
+        "sha256": {name: sha256_of(folder / name) for name in _files(rank)},
         "built": asdict(built),
     }
     write_atomically(folder / _DONE.format(rank), json.dumps(told) + "\n")

@@ -190,16 +190,20 @@ def test_an_interrupted_build_goes_on_with_the_rank_it_had_reached(
     assert all((tmp_path / name).is_file() for name in found.files)
 
 
-def test_a_rank_that_was_damaged_since_is_built_again(checkpoint: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["rank-0.plan", "rank-0.network.json", "rank-0.done.json"])
+def test_a_rank_that_was_damaged_since_is_built_again(
+    name: str, checkpoint: Path, tmp_path: Path
+) -> None:
     wanted = order(checkpoint)
     built(wanted, tmp_path)
-    plan = tmp_path / "rank-0.plan"
-    whole_bytes = plan.stat().st_size
-    plan.write_bytes(plan.read_bytes()[:-1])
+    whole_bytes = (tmp_path / "rank-0.plan").stat().st_size
+    damaged = tmp_path / name
+    damaged.write_bytes(damaged.read_bytes()[:-10])
 
     built(wanted, tmp_path)
 
-    assert plan.stat().st_size == whole_bytes
+    assert (tmp_path / "rank-0.plan").stat().st_size == whole_bytes
+    assert network(tmp_path, 0)["summary"]["attentions"] == 2
 
 
 class KillsTheBuild(Silent):
