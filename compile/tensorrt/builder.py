@@ -6,6 +6,7 @@ are: computed on the CPU, layer by layer, sharded builds over processes. The man
 
 import os
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -46,7 +47,7 @@ from headrace.serving.domain.artifact import (
     Verification,
 )
 from headrace.serving.engine.cuda_device import capability_here, device_here
-from headrace.serving.errors import InvalidRequest, UnsupportedModel
+from headrace.serving.errors import ArtifactTampered, InvalidRequest, UnsupportedModel
 from headrace.serving.tokenizer import TOKENIZER_FILE, Tokenizer
 
 _CODE = (
@@ -251,9 +252,9 @@ class TensorRtBuilder:
         texts = self._texts()
         work.mkdir(parents=True, exist_ok=True)
         if (work / CALIBRATION_FILE).is_file():
-            found = Calibrated.read(work)
-            if found.scales.set_digest == texts.digest:
-                return found
+            # Half a file is what an interrupted try may leave: it is measured again.
+            with suppress(ArtifactTampered):
+                return Calibrated.read(work)
         progress.stage("calibrate")
         # torch computes the layers, and is wanted for nothing else here.
         from headrace.compile.input_facts import measure_inputs

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from headrace.compile.tensorrt.weight_forms import Floats, fp8_scale, weight_for
 from headrace.compile.tensorrt.weight_layers import add_activation_quantise, add_weight
 from headrace.compile.tensors import Array
 from headrace.serving.domain.artifact import Decoder, Precision
+from headrace.serving.errors import ArtifactTampered
 
 INPUTS_FILE = "calibration-inputs.npz"
 """In an artifact: for each matrix the mean square of each of its inputs, float32."""
@@ -47,10 +49,20 @@ class Calibrated:
         """
         path = folder / CALIBRATION_FILE
         scales = ActivationScales.from_json(path.read_text("utf-8"), where=str(path))
-        with np.load(folder / INPUTS_FILE, allow_pickle=False) as stored:
-            facts = {
-                name: InputFacts(largest, stored[name]) for name, largest in scales.largest.items()
-            }
+        try:
+            # A file of ours: numpy leaves its own open where it is no archive.
+            with (folder / INPUTS_FILE).open("rb") as file:
+                stored = np.load(file, allow_pickle=False)
+                facts = {
+                    name: InputFacts(largest, stored[name])
+                    for name, largest in scales.largest.items()
+                }
+        except (OSError, ValueError, KeyError, BadZipFile) as error:
+            raise ArtifactTampered(
+                f"The file {folder / INPUTS_FILE} cannot be read: {error}.",
+                why="It says how large the inputs of matrices are, and is written by compile.",
+                fix="Build the artifact again with `headrace compile`.",
+            ) from error
         return cls(scales, facts)
 
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
+from headrace.compile import pipeline
 from headrace.compile.checkpoint import open_checkpoint
 from headrace.compile.families.registry import describe
 from headrace.compile.pipeline import Built, Order, compile_model, locate, plan
@@ -204,6 +205,27 @@ def test_a_rank_that_was_damaged_since_is_built_again(
 
     assert (tmp_path / "rank-0.plan").stat().st_size == whole_bytes
     assert network(tmp_path, 0)["summary"]["attentions"] == 2
+
+
+@pytest.mark.parametrize("name", ["calibration.json", "calibration-inputs.npz"])
+def test_a_calibration_that_was_cut_off_is_measured_again(
+    name: str, checkpoint: Path, tmp_path: Path
+) -> None:
+    plans = PlanOptions(rows_max=8, chunk=64, activations=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "_verify", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            compiled(checkpoint, tmp_path, precision=Precision.FP8, plans=plans)
+    (work,) = (tmp_path / "builds").glob("*")
+    (work / name).write_bytes((work / name).read_bytes()[:50])
+
+    made = compiled(checkpoint, tmp_path, precision=Precision.FP8, plans=plans)
+
+    assert made.manifest.verification.logit_error < 0.3
+
+
+def interrupted(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 class KillsTheBuild(Silent):
