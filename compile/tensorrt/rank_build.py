@@ -20,7 +20,7 @@ from headrace.compile.tensorrt.linear_forms import Held
 from headrace.compile.tensorrt.network import DYNAMIC, Network
 from headrace.serving.domain.artifact import Profile
 from headrace.serving.engine import plan_io
-from headrace.serving.errors import UnsupportedModel
+from headrace.serving.errors import DoesNotFit, ServingError, UnsupportedModel
 
 FLAGS: Mapping[str, Sequence[str]] = {
     "weight_streaming": ("WEIGHT_STREAMING",),
@@ -32,6 +32,7 @@ FLAGS: Mapping[str, Sequence[str]] = {
 _ERRORS_KEPT = 20
 _ACTIVATIONS = re.compile(r"Total Activation Memory: (\d+) bytes")
 _NOT_FUSED = "not supported by a dedicated kernel"
+_NO_MEMORY = "bad_alloc"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +86,7 @@ def build_rank(
 
     Raises:
         UnsupportedModel: TensorRT does not build this network; its own words say why.
+        DoesNotFit: TensorRT ran out of this machine's memory.
     """
     started, rank = time.perf_counter(), order.plan.part.rank
     logger = _logger(trt, log)
@@ -166,16 +168,24 @@ def _keep_timings(config: Any, cache: Path | None) -> None:
     beside.replace(cache)
 
 
-def _refused(order: RankOrder, errors: Sequence[str]) -> UnsupportedModel:
+def _refused(order: RankOrder, errors: Sequence[str]) -> ServingError:
     facts, part = order.plan.part.decoder, order.plan.part
     said = errors[-1] if errors else "It gave no reason; the build log may."
     if any(_NOT_FUSED in each for each in errors):
         return UnsupportedModel(
             f"TensorRT has no fused attention for rank {part.rank}: {facts.heads} heads and "
-            f"{facts.kv_heads} KV heads of {facts.head_dim}.",
+            f"{facts.kv_heads} KV heads of {facts.head_dim}, {order.plan.cache_tokens:,} places.",
             why=f"It would have to compute it piece by piece, which is never done. It said: {said}",
-            fix="Choose a smaller --tp, so that a rank has four heads or more, or a shorter "
-            "--context-tokens.",
+            # TensorRT-RTX 1.7.1, decoding: 24,448 places of 128 build and 24,512 do not, whatever
+            # the heads; fewer than four heads do not build at all.
+            fix="Choose a smaller --context-tokens, or a smaller --tp: four heads a rank or "
+            "more are known to be served.",
+        )
+    if any(_NO_MEMORY in each for each in errors):
+        return DoesNotFit(
+            f"The memory ran out while rank {part.rank} was built.",
+            why=f"TensorRT said: {said}",
+            fix="Free memory, build on a larger machine, or split further with --tp or --pp.",
         )
     return UnsupportedModel(
         f"TensorRT did not build rank {part.rank}.",

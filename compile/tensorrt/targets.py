@@ -12,8 +12,10 @@ RTX_DEVICE_BYTES = 24 * 10**9
 24 GB is what the larger GeForce and small workstation ones have."""
 
 RTX_CACHE_TOKENS_MAX = 22_528
-"""TensorRT-RTX 1.7.1 has a fused attention of one token over 23,552 places and none over 24,576, in
-the shapes of SmolLM2-135M and Qwen3-0.6B; this many served every shape that was tried."""
+"""TensorRT-RTX 1.7.1 has a fused attention of one token over 24,448 places and none over 24,512 (of
+128 values; whatever the heads, rows and card); this many served every shape that was tried. A
+decode profile that also allows two tokens has no such bound, but copies each row's cache for every
+query head in each step."""
 
 _FP8_SINCE = (8, 9)
 """TensorRT-RTX 1.7.1 for 8.0 and 8.6: "the model contains HW-specific datatypes: fp8_e4m3"."""

@@ -311,6 +311,15 @@ def test_a_context_that_no_kernel_serves_is_bounded_or_refused(
         plan(replace(wanted, context_tokens=22_017), home=tmp_path)
 
 
+def test_a_cache_too_long_for_fused_decoding_is_refused_with_what_would_do(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UnsupportedModel, match="40,960 places") as refusal:
+        built(replace(order(checkpoint), cache_tokens=40_960), tmp_path)
+
+    assert "--context-tokens" in refusal.value.fix
+
+
 @pytest.mark.model
 def test_the_demo_model_is_built_within_its_bounds(compiled_home: Path, tmp_path: Path) -> None:
     """SmolLM2-135M: a minute and 2 GB at most, all attention fused, 3 % off the plan at most."""
