@@ -310,6 +310,26 @@ class Store:
             )
         return folder
 
+    def chosen(self, model: str, number: int | None, variant: str | None) -> Version:
+        """A model's version: this one, or the current one of a variant, or of the only variant.
+
+        Raises:
+            InvalidRequest: it has several variants and nothing was named.
+            ModelNotFound: there is no such version.
+        """
+        if number is not None:
+            return self.version(model, number)
+        index = self.index(model)
+        wanted = variant or (self._only_variant(model, index) if index.versions else "built")
+        found = index.current(wanted)
+        if found is None:
+            raise ModelNotFound(
+                f"There is no {wanted} artifact of model {model!r}.",
+                why=f"There is {', '.join(index.variants) or 'nothing'} under this name.",
+                fix="`headrace models` shows what there is.",
+            )
+        return found
+
     def _only_variant(self, model: str, index: Index) -> str:
         if len(index.variants) == 1:
             return index.variants[0]

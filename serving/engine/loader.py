@@ -158,8 +158,8 @@ def _require_verified(manifest: Manifest) -> None:
         "verified.",
         why=f"Its manifest says that {what}; the engine itself was never compared with "
         f"{manifest.verification.reference}.",
-        fix="Build it where its device is, so that it is run and verified; or serve it as it is "
-        "with `headrace serve --allow-unverified`.",
+        fix=f"Where its device is, run `headrace models verify {manifest.model} --variant "
+        f"{manifest.variant}`; or serve it as it is with `headrace serve --allow-unverified`.",
     )
 
 
