@@ -1,9 +1,9 @@
 """Where artifacts are: content-addressed folders, and an index from names to them.
 
 `artifacts/<id>/` is immutable once it is there, but for what its manifest says of its verification
-(`verify_stored.py`). `names/<model>.json` numbers a model's builds and
-says which one each variant means; it is replaced whole, so that a reader sees the old state or the
-new one. See `names_index.py`.
+(`verify_stored.py`). `names/<model>.json` numbers a model's builds and says which one each variant
+means; it is replaced whole, so that a reader sees the old state or the new one. See
+`names_index.py`.
 """
 
 import re
