@@ -70,7 +70,7 @@ $(VENV)/.installed: $(VENV)/.runtime pyproject.toml $(wildcard serving/engine/na
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.installed
-	$(PIP) install --editable '.[compile,otel,postgres,parquet,dev]'
+	$(PIP) install --editable '.[compile,rtx,s3,gpu,otel,postgres,parquet,dev]'
 	@mkdir -p build/pb
 	@touch $@
 

@@ -168,28 +168,50 @@ def verify_engine(
     reference: str,
     *,
     threads: int,
+    kv_tokens: int | None = None,
+    device: str = "cpu",
 ) -> Verification:
     """Load the engine of `folder` as serving would, and compare it with the reference.
 
     Its files are known to be right: written just now, by this process, or verified.
 
+    Args:
+        manifest: of the artifact.
+        folder: where it lies.
+        prompts: token ids.
+        references: of each prompt.
+        reference: what they are of, for the record.
+        threads: of engines that compute on the CPU.
+        kv_tokens: of all caches together; None is what the prompts need.
+        device: what it runs on, for the record.
+
     Raises:
         DeviceUnsuitable, DoesNotFit: it cannot be run here.
         OutsideTolerance: it differs more than its precision may.
     """
-    engine = _open_for(len(prompts), manifest, folder, threads=threads)
+    engine = _open_for(len(prompts), manifest, folder, threads=threads, kv_tokens=kv_tokens)
     try:
         return verify(
-            engine, prompts, references, precision=manifest.precision, reference=reference
+            engine,
+            prompts,
+            references,
+            precision=manifest.precision,
+            reference=reference,
+            target=manifest.target,
+            device=device,
         )
     finally:
         engine.close()
 
 
-def _open_for(num_texts: int, manifest: Manifest, folder: Path, *, threads: int) -> LoadedEngine:
+def _open_for(
+    num_texts: int, manifest: Manifest, folder: Path, *, threads: int, kv_tokens: int | None
+) -> LoadedEngine:
     """All texts at once, or one where the device has no room for as many of the longest cache."""
     facts = manifest.tensorrt
-    row_tokens = facts.cache_tokens if facts else 2 * TEXT_TOKENS_MAX
+    text_tokens = facts.cache_tokens if facts else 2 * TEXT_TOKENS_MAX
+    if kv_tokens is not None:
+        text_tokens = kv_tokens // num_texts
 
     def open_with(rows: int) -> LoadedEngine:
         return open_engine(
@@ -197,7 +219,7 @@ def _open_for(num_texts: int, manifest: Manifest, folder: Path, *, threads: int)
             manifest,
             rows_max=rows,
             batch_tokens_max=TEXT_TOKENS_MAX,
-            kv_tokens=rows * row_tokens,
+            kv_tokens=rows * text_tokens,
             threads=threads,
         )
 

@@ -1,32 +1,21 @@
-"""What goes into each matrix of a decoder, measured on recorded texts: the scales of FP8 inputs.
-
-The decoder is computed in float32 one layer at a time over all texts, so that a model of any size
-needs the memory of one layer, of the embedding and of the texts' hidden states, at most
-`TEXTS_MAX` x `TEXT_TOKENS_MAX` x hidden x 4 bytes: 0.67 GB for a hidden size of 5,120.
+"""Texts to calibrate with, and what was measured with them: the scales of FP8 inputs.
 
 An FP8 number is as exact near its largest value as far below it, and a value that is cut off ruins
 the answer. Measured on SmolLM2-135M: cutting at the 99th percentile of tokens raises the logit
-error from 0.27 to 1.45; a scale twice as large as needed leaves it as it is; and the verify texts
-reach 1.37 times the largest input that half of these texts have. So scales have `MARGIN` above the
-largest value seen, and there is no percentile. SmolLM2-135M takes 28 s of one core.
+error from 0.27 to 1.45, and a scale twice as large as needed leaves it as it is, while the verify
+texts exceed another text's largest input by up to 1.37. So scales have `MARGIN` above the largest
+value seen, and there is no percentile.
 """
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import cast
 
 import numpy as np
-import torch
-from torch import nn
 
-from headrace.compile.families.decoder import DecoderModule, Tensors
-from headrace.compile.families.rope import ROPE_TENSOR
 from headrace.compile.tensorrt.weight_forms import FP8_MAX, Floats
-from headrace.serving.domain.artifact import Decoder
 from headrace.serving.errors import ArtifactTampered, InvalidRequest
 from headrace.serving.tokenizer import Tokenizer
 
@@ -170,84 +159,3 @@ def activation_scales(
         # An input that was never anything but zero has no scale to find; any does.
         largest={name: float(f"{each.largest or 1.0:.4g}") for name, each in facts.items()},
     )
-
-
-def measure_inputs(
-    decoder: Decoder, tensors: Tensors, prompts: Sequence[Sequence[int]]
-) -> dict[str, InputFacts]:
-    """Compute the decoder's layers in float32 and look at what each matrix is multiplied with.
-
-    Args:
-        decoder: the model's facts.
-        tensors: its canonical tensors, each read when its layer's turn has come.
-        prompts: token ids of each text.
-
-    Returns:
-        Canonical name of each matrix in a layer to what was seen, in the order of computation.
-    """
-    table = tensors["embed"]
-    hidden = [torch.from_numpy(table[list(prompt)])[None] for prompt in prompts]
-    del table
-    found: dict[str, InputFacts] = {}
-    for index in range(decoder.layers):
-        module = _one_layer(decoder, tensors, index)
-        with torch.inference_mode(), _watched(module, f"layers.{index}.", found):
-            for place, states in enumerate(hidden):
-                hidden[place] = _through(module, states)
-    for facts in found.values():
-        facts.mean_square /= np.float32(sum(map(len, prompts)))
-    return found
-
-
-def _one_layer(decoder: Decoder, tensors: Tensors, index: int) -> DecoderModule:
-    """A decoder that has nothing but layer `index`, as its layer 0."""
-    prefix = f"layers.{index}."
-    own = {
-        f"layers.0.{n.removeprefix(prefix)}": tensors[n] for n in tensors if n.startswith(prefix)
-    }
-    facts = replace(decoder, layers=1, vocab=1, tied=True)
-    nothing = np.zeros((1, decoder.hidden), np.float32)
-    others = {"embed": nothing, "final_norm": nothing[0], ROPE_TENSOR: tensors[ROPE_TENSOR]}
-    return DecoderModule.from_tensors(facts, own | others)
-
-
-def _through(module: DecoderModule, hidden: torch.Tensor) -> torch.Tensor:
-    """One text's hidden states (1, tokens, hidden) through the module's layer."""
-    tokens = hidden.shape[1]
-    cos, sin = module.turns(torch.arange(tokens)[None])
-    mask = torch.ones(1, 1, tokens, tokens, dtype=torch.bool).tril()
-    return module.layers[0](hidden, cos, sin, mask, _all_of_it)
-
-
-def _all_of_it(
-    _layer: int, keys: torch.Tensor, values: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """A text is its own context."""
-    return keys.transpose(1, 2), values.transpose(1, 2)
-
-
-@contextmanager
-def _watched(module: DecoderModule, prefix: str, found: dict[str, InputFacts]) -> Iterator[None]:
-    """Record the input of every linear of the module's layer; squares are summed, not averaged."""
-
-    def watch(name: str, linear: nn.Linear) -> torch.utils.hooks.RemovableHandle:
-        facts = found[name] = InputFacts(0.0, np.zeros(linear.in_features, np.float32))
-
-        def look(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-            rows = inputs[0].reshape(-1, linear.in_features)
-            facts.largest = max(facts.largest, float(rows.abs().max()))
-            facts.mean_square += rows.square().sum(dim=0).numpy()
-
-        return linear.register_forward_pre_hook(look)
-
-    layer = cast("nn.Module", module.layers[0])
-    handles = [
-        watch(f"{prefix}{name}", each)
-        for name, each in layer.named_modules()
-        if isinstance(each, nn.Linear)
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

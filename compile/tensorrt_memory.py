@@ -5,7 +5,7 @@ The network is that of `tensorrt/decoder_network.py`. Its constants, with a rank
     bf16   every matrix, bias and norm 2 bytes a value
     fp8    q, k, v, o, gate, up, down 1 byte a value and 4 (float32) an output
     int4   the same half a byte a value and 2 (bf16) a block of 128 inputs, or of 64 where 128 does
-           not divide them
+           not divide them; bf16 where neither does
     RoPE   cos and sin of every place of the cache, 2 x S x H / 2 values of 4 bytes
 
 Embedding, head, norms, routers and experts are bf16 in all three: experts are products of one stack
@@ -23,6 +23,7 @@ from dataclasses import dataclass, replace
 from headrace.compile.families.rope import ROPE_TENSOR
 from headrace.compile.sharding import Part, held_shapes
 from headrace.compile.tensorrt.profiles import CHUNK, ROWS_MAX, default_profiles
+from headrace.compile.tensorrt.weight_forms import form_bytes, is_quantised
 from headrace.serving.domain.artifact import Decoder, Precision, Sharding
 
 PLAN_BYTES_FIXED = 1_500_000
@@ -32,10 +33,6 @@ PROFILE_BYTES_PER_QK_NORM = 297_000
 """What a plan has beside its constants: kernels, for each layer of each profile. Fitted to plans of
 TensorRT-RTX 1.7.1 of 4 to 30 layers with 1 to 4 profiles. TensorRT 11 has not been measured."""
 
-QUANTISED = frozenset({"q", "k", "v", "o", "gate", "up", "down"})
-"""Matrices that fp8 and int4 change, by the last part of their canonical name."""
-
-_INT4_BLOCKS = (128, 64)
 _BF16_BYTES = 2
 _FLOAT_BYTES = 4
 
@@ -66,15 +63,9 @@ class TensorRtFootprint:
         return self.cache_tokens(decoder)
 
     def matrix_bytes(self, shape: tuple[int, ...]) -> int:
+        """Of a matrix of the layers, (outputs, inputs)."""
         outputs, inputs = shape
-        match self.precision:
-            case Precision.FP8:
-                return outputs * (inputs + _FLOAT_BYTES)
-            case Precision.INT4:
-                block = next((b for b in _INT4_BLOCKS if inputs % b == 0), _INT4_BLOCKS[0])
-                return outputs * (-(-inputs // 2) + _BF16_BYTES * -(-inputs // block))
-            case _:
-                return _BF16_BYTES * outputs * inputs
+        return form_bytes("q", (outputs, inputs), self.precision)
 
     def weight_bytes(self, part: Part) -> int:
         """Of every constant of the rank's network."""
@@ -86,7 +77,7 @@ class TensorRtFootprint:
         )
 
     def _tensor_bytes(self, name: str, shape: tuple[int, ...]) -> int:
-        if ".experts." not in name and name.rpartition(".")[2] in QUANTISED:
+        if ".experts." not in name and is_quantised(name):
             return self.matrix_bytes(shape)
         return _BF16_BYTES * math.prod(shape)
 

@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 import numpy as np
 
 from headrace.compile.host import fingerprint
+from headrace.compile.targets import CPU
 from headrace.compile.tensors import Array
 from headrace.serving.domain.artifact import Precision, Verification, VerifyMethod
 from headrace.serving.engine.base import Engine, Row
@@ -48,17 +49,27 @@ class Tolerance:
 # +2.4 %) and 0.07 in int4, which its Q4_1 weights fit exactly. Random Gaussian weights, the worst
 # case of a block's four bits, have 0.04 to 0.09 in int8 and 0.28 to 0.56 in int4. TensorRT's
 # networks of it, computed in their own types, have 0.05 in bf16 (top-1 96 %, perplexity +0.2 %;
-# transformers in bf16 has 0.045) and 0.18 with FP8 weights, a scale a row (91 %, +3.5 %); random
-# weights have 0.01 to 0.02 and 0.09 to 0.15. A computation
-# that is wrong (another rotation, a missing bias) is near 1: logits that are merely unrelated
-# have 1.41.
+# transformers in bf16 has 0.045), 0.18 with FP8 weights, a scale a row (91 %, +3 %), 0.29 with FP8
+# inputs too (87 %, +2 %) and 0.59 in symmetric int4 with blocks of 64 and 128 (74 %, +20 %), which
+# is coarse for so small a model. A computation that is wrong (another rotation, a missing bias) is
+# near 1: logits that are merely unrelated have 1.41.
 TOLERANCES: Mapping[Precision, Tolerance] = {
     Precision.FP32: Tolerance(logit_error_max=1e-4, top1_min=0.995, perplexity_delta_max=1e-4),
     Precision.INT8: Tolerance(logit_error_max=0.20, top1_min=0.90, perplexity_delta_max=0.05),
     Precision.INT4: Tolerance(logit_error_max=0.65, top1_min=0.80, perplexity_delta_max=0.15),
     Precision.BF16: Tolerance(logit_error_max=0.10, top1_min=0.93, perplexity_delta_max=0.02),
-    Precision.FP8: Tolerance(logit_error_max=0.35, top1_min=0.85, perplexity_delta_max=0.10),
+    Precision.FP8: Tolerance(logit_error_max=0.45, top1_min=0.80, perplexity_delta_max=0.10),
 }
+
+TENSORRT_INT4 = Tolerance(logit_error_max=0.85, top1_min=0.65, perplexity_delta_max=0.30)
+"""TensorRT multiplies symmetric codes by a scale; the engines of `cpu` have a minimum as well."""
+
+
+def tolerance(precision: Precision, target: str) -> Tolerance:
+    """How far an engine of the target may stray."""
+    if precision is Precision.INT4 and target != CPU:
+        return TENSORRT_INT4
+    return TOLERANCES[precision]
 
 
 @dataclass(slots=True)
@@ -95,6 +106,8 @@ def verify(
     *,
     precision: Precision,
     reference: str,
+    target: str = CPU,
+    device: str = "cpu",
 ) -> Verification:
     """Compare the engine with the reference on `prompts`.
 
@@ -102,8 +115,10 @@ def verify(
         engine: loaded; for as many rows as there are prompts, or they take turns.
         prompts: token ids, each of 2 to `TEXT_TOKENS_MAX`.
         references: (tokens, vocab) float32 for each prompt.
-        precision: whose tolerance applies.
+        precision: whose tolerance applies, with `target`.
         reference: what it is compared with, for the record.
+        target: what it was built for.
+        device: what it runs on, for the record.
 
     Raises:
         OutsideTolerance: the engine differs more than its precision may.
@@ -115,6 +130,8 @@ def verify(
         precision=precision,
         reference=reference,
         method=VerifyMethod.ENGINE,
+        target=target,
+        device=device,
     )
 
 
@@ -141,12 +158,15 @@ def compare(
     precision: Precision,
     reference: str,
     method: VerifyMethod,
+    target: str,
+    device: str = "cpu",
 ) -> Verification:
     """Judge logits that were stepped before, perhaps in another process; see `verify`.
 
     Raises:
         OutsideTolerance: they differ more than their precision may.
     """
+    within = tolerance(precision, target)
     tally = _Tally()
     for logits, last, expected, prompt in zip(
         stepped.decoded, stepped.chunked, references, prompts, strict=True
@@ -163,13 +183,12 @@ def compare(
         top1_agreement=tally.agreeing / tally.positions,
         perplexity=math.exp(tally.surprise / tally.predicted),
         perplexity_reference=math.exp(tally.surprise_reference / tally.predicted),
-        tolerance=str(TOLERANCES[precision]),
+        tolerance=str(within),
         method=method,
-        # Both methods compute on the CPU of whoever builds.
-        host=f"{fingerprint()} cpu",
+        host=f"{fingerprint()} {device}",
         verified_at=datetime.now(UTC).isoformat(timespec="seconds"),
     )
-    _require(found, TOLERANCES[precision], precision, vocab=stepped.chunked[0].shape[-1])
+    _require(found, within, precision, vocab=stepped.chunked[0].shape[-1])
     return found
 
 

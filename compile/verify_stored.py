@@ -12,7 +12,6 @@ from pathlib import Path
 from headrace.compile.artifact_key import weights_digest
 from headrace.compile.builder import verify_engine
 from headrace.compile.checkpoint import open_checkpoint
-from headrace.compile.host import fingerprint
 from headrace.compile.pipeline import locate, prompts_for
 from headrace.compile.progress import Progressing
 from headrace.compile.signing import SigningKey, signing_key
@@ -22,7 +21,7 @@ from headrace.compile.tensors import Checkpoint
 from headrace.serving.domain.artifact import MANIFEST_FILE, Manifest, Verification
 from headrace.serving.domain.signature import SIGNATURE_FILE
 from headrace.serving.engine.artifact_home import nobody_uses, trust_folder
-from headrace.serving.engine.cuda_device import capability_here
+from headrace.serving.engine.cuda_device import capability_here, device_here
 from headrace.serving.engine.loader import signed_manifest, verify_files
 from headrace.serving.engine.signature import trusted_keys, verify_signature
 from headrace.serving.errors import (
@@ -167,8 +166,10 @@ def _run(checkpoint: Checkpoint, manifest: Manifest, folder: Path, *, threads: i
         ) from error
     prompts = prompts_for(Tokenizer.from_folder(folder, manifest), manifest)
     references = reference_logits(checkpoint, prompts)
-    found = verify_engine(manifest, folder, prompts, references, NAME, threads=threads)
-    return replace(found, host=f"{fingerprint()} {'gpu' if manifest.tensorrt else 'cpu'}")
+    device = device_here() if manifest.tensorrt else "cpu"
+    return verify_engine(
+        manifest, folder, prompts, references, NAME, threads=threads, device=device
+    )
 
 
 def _restate(folder: Path, stated: Manifest, key: SigningKey) -> None:

@@ -50,8 +50,10 @@ class BuildOrder:
     profiles: Sequence[Profile]
     cache_tokens: int
     flags: Sequence[str] = ()
-    activation_scales: Mapping[str, float] | None = None
-    """Of FP8 activations by the matrix they meet; None leaves activations in bf16."""
+    is_calibrated: bool = False
+    """Whether the build's folder has what calibration found."""
+    activations: bool = False
+    """Whether FP8 matrices meet FP8 inputs."""
     timing_cache: Path | None = None
 
 

@@ -20,7 +20,7 @@ from headrace.compile.families.registry import describe
 from headrace.compile.sharding import parts
 from headrace.compile.tensorrt.decoder_network import Plan
 from headrace.compile.tensorrt.library import open_library
-from headrace.compile.tensorrt.linear_forms import linear_for
+from headrace.compile.tensorrt.linear_forms import Calibrated, held
 from headrace.compile.tensorrt.rank_build import RankOrder, build_rank
 from headrace.serving.domain.artifact import Precision, Profile, Sharding
 from headrace.serving.errors import ServingError
@@ -60,10 +60,15 @@ def _build(order: Mapping[str, Any]) -> dict[str, Any]:
             flags=order["flags"],
             timing_cache=None if cache is None else Path(cache),
         ),
-        Weights(checkpoint, model),
+        held(
+            Precision(order["precision"]),
+            model.decoder,
+            Weights(checkpoint, model),
+            calibrated=Calibrated.read(Path(order["folder"])) if order["is_calibrated"] else None,
+            activations=order["activations"],
+        ),
         folder=Path(order["folder"]),
         log=sys.stderr,
-        linear=linear_for(Precision(order["precision"]), order["activation_scales"]),
         advance=lambda phase, step, steps: _say("phase", phase=phase, step=step, steps=steps),
     )
     return asdict(built)

@@ -14,6 +14,13 @@ from typing import Any
 
 from headrace.compile.artifact_key import ArtifactKey, graph_digest, weights_digest
 from headrace.compile.builder import FAMILY_CODE, Engine, Prompts, verify_engine
+from headrace.compile.calibration import (
+    CALIBRATION_FILE,
+    OWN_TEXTS,
+    CalibrationSet,
+    activation_scales,
+    read_calibration_set,
+)
 from headrace.compile.checkpoint import open_checkpoint
 from headrace.compile.families.base import Model, Weights
 from headrace.compile.families.registry import describe
@@ -23,7 +30,7 @@ from headrace.compile.sharding import parts
 from headrace.compile.tensorrt.build import BuildOrder, build_plans
 from headrace.compile.tensorrt.decoder_network import Plan, write_decoder
 from headrace.compile.tensorrt.library import TENSORRT, library_version, open_library
-from headrace.compile.tensorrt.linear_forms import linear_for
+from headrace.compile.tensorrt.linear_forms import INPUTS_FILE, Calibrated, held
 from headrace.compile.tensorrt.network import Network
 from headrace.compile.tensorrt.options import PlanOptions
 from headrace.compile.tensorrt.profiles import default_profiles
@@ -38,12 +45,23 @@ from headrace.serving.domain.artifact import (
     TensorRt,
     Verification,
 )
+from headrace.serving.engine.cuda_device import capability_here, device_here
+from headrace.serving.errors import InvalidRequest, UnsupportedModel
+from headrace.serving.tokenizer import TOKENIZER_FILE, Tokenizer
 
 _CODE = (
     "headrace.compile.sharding",
     *(
         f"headrace.compile.tensorrt.{name}"
-        for name in ("decoder_network", "linear_forms", "network", "rank_build")
+        for name in (
+            "decoder_network",
+            "linear_forms",
+            "network",
+            "rank_build",
+            "smoothing",
+            "weight_forms",
+            "weight_layers",
+        )
     ),
     *FAMILY_CODE,
 )
@@ -74,6 +92,19 @@ class TensorRtBuilder:
 
     def require(self, model: Model) -> None:
         parts(model.decoder, self.sharding)
+        if self.options.activations and self.precision is not Precision.FP8:
+            raise InvalidRequest(
+                f"Quantised activations were asked for in {self.precision}.",
+                why="Only fp8 has them.",
+                fix="Use --precision fp8, or leave --activations out.",
+                field="activations",
+            )
+        if self.options.activations and model.decoder.experts:
+            raise UnsupportedModel(
+                "Activations of a mixture of experts cannot be calibrated.",
+                why="Calibration computes dense layers only.",
+                fix="Leave --activations out: attention is fp8 then, by its weights.",
+            )
 
     def key(self, checkpoint: Checkpoint, model: Model) -> ArtifactKey:
         library = self._target.library
@@ -83,6 +114,8 @@ class TensorRtBuilder:
             "cache_tokens": self._cache_tokens(model),
             "capabilities": list(self._target.capabilities(self.precision)),
             "flags": list(self.options.flags),
+            "activations": self.options.activations,
+            "calibration": self._texts().digest if self._is_calibrated else "",
         }
         return ArtifactKey(
             weights_digest=weights_digest(checkpoint),
@@ -100,7 +133,10 @@ class TensorRtBuilder:
     def write(
         self, checkpoint: Checkpoint, model: Model, folder: Path, work: Path, progress: Progressing
     ) -> Engine:
-        held = [self.footprint.weight_bytes(part) for part in parts(model.decoder, self.sharding)]
+        occupied = [
+            self.footprint.weight_bytes(part) for part in parts(model.decoder, self.sharding)
+        ]
+        found = self._calibrate(checkpoint, model, work, progress)
         built = build_plans(
             BuildOrder(
                 checkpoint=checkpoint.path,
@@ -112,15 +148,17 @@ class TensorRtBuilder:
                 profiles=self._profiles,
                 cache_tokens=self._cache_tokens(model),
                 flags=self.options.flags,
-                activation_scales=None,
+                is_calibrated=found is not None,
+                activations=self.options.activations,
                 timing_cache=self._timing_cache(),
             ),
             work,
-            weight_bytes=held,
+            weight_bytes=occupied,
             progress=progress,
         )
         # The files stay in `work` too, so that a verification that fails costs no build.
-        for name in built.files:
+        calibration = () if found is None else (CALIBRATION_FILE, INPUTS_FILE)
+        for name in (*built.files, *calibration):
             os.link(work / name, folder / name)
         return Engine(
             kind="tensorrt",
@@ -134,6 +172,7 @@ class TensorRtBuilder:
                 sharding=self.sharding,
                 ranks=tuple(built.ranks),
                 flags=self.options.flags,
+                calibration="" if found is None else found.scales.set_digest,
             ),
         )
 
@@ -148,18 +187,28 @@ class TensorRtBuilder:
         reference: str,
     ) -> Verification:
         if self._can_run():
-            return verify_engine(manifest, folder, prompts, references, reference, threads=1)
+            return verify_engine(
+                manifest,
+                folder,
+                prompts,
+                references,
+                reference,
+                threads=1,
+                kv_tokens=len(prompts) * self._cache_tokens(model),
+                device=device_here(),
+            )
         # torch computes the networks, and is wanted for nothing else here.
         from headrace.compile.tensorrt.network_check import verify_network
 
         return verify_network(
-            partial(_make_network, self, checkpoint.path, self._cache_tokens(model)),
+            partial(_make_network, self, checkpoint.path, folder, self._cache_tokens(model)),
             prompts,
             references,
             decoder=model.decoder,
             sharding=self.sharding,
             precision=self.precision,
             reference=reference,
+            target=self.target,
         )
 
     @property
@@ -176,7 +225,44 @@ class TensorRtBuilder:
 
     def _can_run(self) -> bool:
         """Whether a device answers that the plans are for; one process verifies one rank."""
-        return False
+        return self.sharding.ranks == 1 and capability_here() in self._target.capabilities(
+            self.precision
+        )
+
+    @property
+    def _is_calibrated(self) -> bool:
+        return self.precision is Precision.INT4 or self.options.activations
+
+    def _texts(self) -> CalibrationSet:
+        return read_calibration_set(self.options.calibration or OWN_TEXTS)
+
+    def _calibrate(
+        self, checkpoint: Checkpoint, model: Model, work: Path, progress: Progressing
+    ) -> Calibrated | None:
+        """What the inputs of the matrices are like, where the precision needs to know.
+
+        A mixture in int4 goes without: nothing here computes its layers in float32.
+        """
+        if not self._is_calibrated or model.decoder.experts:
+            return None
+        texts = self._texts()
+        work.mkdir(parents=True, exist_ok=True)
+        if (work / CALIBRATION_FILE).is_file():
+            found = Calibrated.read(work)
+            if found.scales.set_digest == texts.digest:
+                return found
+        progress.stage("calibrate")
+        # torch computes the layers, and is wanted for nothing else here.
+        from headrace.compile.input_facts import measure_inputs
+
+        checkpoint.write_tokenizer(work)
+        text = (work / TOKENIZER_FILE).read_text("utf-8")
+        tokenizer = Tokenizer(text, vocab_size=model.decoder.vocab)
+        prompts = texts.prompts(tokenizer, context_tokens=model.decoder.context_tokens)
+        facts = measure_inputs(model.decoder, Weights(checkpoint, model), prompts)
+        found = Calibrated(activation_scales(facts, texts, prompts), facts)
+        found.write(work)
+        return found
 
     def _timing_cache(self) -> Path | None:
         """TensorRT's measurements of kernels; the next build of this target takes fewer.
@@ -203,11 +289,19 @@ def open_network(library: str) -> Network:
 
 
 def _make_network(
-    builder: TensorRtBuilder, path: Path, cache_tokens: int, rank: int
+    builder: TensorRtBuilder, path: Path, artifact: Path, cache_tokens: int, rank: int
 ) -> tuple[Any, Any]:
     """The network of a rank, as its build made it, and its constants; in any process."""
     checkpoint = open_checkpoint(path)
     model = describe(checkpoint)
+    is_calibrated = (artifact / CALIBRATION_FILE).is_file()
+    forms = held(
+        builder.precision,
+        model.decoder,
+        Weights(checkpoint, model),
+        calibrated=Calibrated.read(artifact) if is_calibrated else None,
+        activations=builder.options.activations,
+    )
     net = open_network(find_target(builder.target).library)
     write_decoder(
         net,
@@ -216,7 +310,7 @@ def _make_network(
             sharding=builder.sharding,
             cache_tokens=cache_tokens,
         ),
-        Weights(checkpoint, model),
-        linear_for(builder.precision, None),
+        forms.tensors,
+        forms.products,
     )
     return net.definition, net.constants

@@ -23,18 +23,31 @@ import numpy as np
 from headrace.compile.families.rope import ROPE_TENSOR
 from headrace.compile.sharding import Part
 from headrace.compile.tensorrt.network import DYNAMIC, Network, Tensor
+from headrace.compile.tensorrt.weight_forms import bf16
 from headrace.compile.tensors import Array
 from headrace.serving.domain.artifact import Sharding
 from headrace.serving.engine import plan_io
 
 Tensors = Mapping[str, Array]
 
+WHOLE = slice(None)
+_GATED = ("gate", "up")
 
-class Linear(Protocol):
-    """Adds the product with one matrix, in whatever form its weights are held."""
 
-    def __call__(self, net: Network, x: Tensor, name: str, weight: Array) -> Tensor:
-        """Return [M, out] bf16 of x [M, in] and `weight` [out, in]; `name` is canonical."""
+class Products(Protocol):
+    """Adds products of the layers, with their matrices in whatever form they are held."""
+
+    def __call__(
+        self, net: Network, x: Tensor, matrices: Mapping[str, Array], columns: slice
+    ) -> list[Tensor]:
+        """Return [M, out] bf16 of x [M, in] and each of `matrices` [out, in].
+
+        Args:
+            net: where they are added.
+            x: bf16.
+            matrices: the rank's part of each, by its canonical name.
+            columns: which of the whole matrix's columns these are.
+        """
         ...
 
 
@@ -47,35 +60,24 @@ class Plan:
     cache_tokens: int
 
 
-def bf16_bits(values: Array) -> Any:
-    """Float32 to the bits of bfloat16 (uint16), to the nearest, ties to even."""
-    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
-
-
-def bf16_linear(net: Network, x: Tensor, name: str, weight: Array) -> Tensor:
-    """The product with a matrix held in bf16."""
-    return net.matmul(x, net.constant(name, bf16_bits(weight), "bf16"), name=f"{name}.product")
-
-
-def write_decoder(net: Network, plan: Plan, tensors: Tensors, linear: Linear = bf16_linear) -> None:
+def write_decoder(net: Network, plan: Plan, tensors: Tensors, products: Products) -> None:
     """Write the rank's network.
 
     Args:
         net: empty.
         plan: which rank, of which split, with how long a cache.
         tensors: the whole model's canonical tensors, float32; read one at a time and cut.
-        linear: how the matrices of the layers are held; embedding and head are bf16.
+        products: how those of the layers are made; embedding, head and experts are bf16.
 
     Raises:
         UnsupportedModel: the library refused a layer.
     """
-    _Writer(net, plan, tensors, linear).write()
+    _Writer(net, plan, tensors, products).write()
 
 
 class _Writer:
-    def __init__(self, net: Network, plan: Plan, tensors: Tensors, linear: Linear) -> None:
-        self.net, self.plan, self.tensors, self.linear = net, plan, tensors, linear
+    def __init__(self, net: Network, plan: Plan, tensors: Tensors, products: Products) -> None:
+        self.net, self.plan, self.tensors, self.products = net, plan, tensors, products
         self.part, self.facts = plan.part, plan.part.decoder
         self.tp, self.cp = plan.sharding.tp, plan.sharding.cp
         # Ranks are numbered within the stage: that is the communicator.
@@ -121,7 +123,7 @@ class _Writer:
 
     def _embedded(self, ids: Tensor) -> Tensor:
         net = self.net
-        self.embedding = net.constant("embed", bf16_bits(self._vocabulary("embed")), "bf16")
+        self.embedding = net.constant("embed", bf16(self._vocabulary("embed")), "bf16")
         if self.tp == 1:
             return net.gather(self.embedding, ids, axis=0, name="embedded")
         # Ids of other ranks' rows embed as zero here and are added from there.
@@ -153,7 +155,7 @@ class _Writer:
             head = self.embedding
         else:
             source = "embed" if facts.tied else "lm_head"
-            head = net.constant("lm_head", bf16_bits(self._vocabulary(source)), "bf16")
+            head = net.constant("lm_head", bf16(self._vocabulary(source)), "bf16")
         logits = net.matmul(normed, head, name="head")
         if self.tp > 1:
             # Gathering stacks the ranks' columns as rows: [tp x B, V / tp].
@@ -183,9 +185,8 @@ class _Writer:
     def _attention(self, x: Tensor, index: int) -> Tensor:
         net, facts, name, h = self.net, self.facts, f"layers.{index}", self.facts.head_dim
         heads, kv = facts.heads, facts.kv_heads
-        q = self._projected(x, f"{name}.q", heads * h)
-        k = self._projected(x, f"{name}.k", kv * h)
-        v = self._projected(x, f"{name}.v", kv * h)
+        widths = {"q": heads, "k": kv, "v": kv}
+        q, k, v = self._projected(x, {f"{name}.{each}": n * h for each, n in widths.items()})
         if self.cp > 1:
             q, k, v = (
                 self._tokens_for_heads(each, count * h, f"{name}.{letter}")
@@ -200,22 +201,28 @@ class _Writer:
         out = net.reshape(out, (DYNAMIC, heads * h), name=f"{name}.attended", before=(0, 2, 1, 3))
         if self.cp > 1:
             out = self._heads_for_tokens(out, heads * h, name)
-        share = self._columns(self.tensors[f"{name}.o"])
-        out = self._summed(self.linear(net, out, f"{name}.o", share), f"{name}.o.sum")
+        whole = self.tensors[f"{name}.o"]
+        cut = self._cut(whole.shape[1])
+        (out,) = self.products(net, out, {f"{name}.o": whole[:, cut]}, cut)
+        out = self._summed(out, f"{name}.o.sum")
         if facts.o_bias:
             bias = net.constant(f"{name}.o_bias", self._row(self.tensors[f"{name}.o_bias"]), "bf16")
             out = net.add(out, bias, name=f"{name}.o.biased")
         return out
 
-    def _projected(self, x: Tensor, name: str, width: int) -> Tensor:
-        """q, k or v of the rank's heads, [M, width]."""
+    def _projected(self, x: Tensor, widths: Mapping[str, int]) -> list[Tensor]:
+        """q, k and v of the rank's heads, [M, width] each."""
         net = self.net
-        out = self.linear(net, x, name, self._heads(self.tensors[name], width))
-        if self.facts.qkv_bias:
+        shares = {name: self._heads(self.tensors[name], width) for name, width in widths.items()}
+        found = self.products(net, x, shares, WHOLE)
+        if not self.facts.qkv_bias:
+            return found
+        biased: list[Tensor] = []
+        for out, (name, width) in zip(found, widths.items(), strict=True):
             bias = self._heads(self.tensors[f"{name}_bias"], width)
             held = net.constant(f"{name}_bias", self._row(bias), "bf16")
-            out = net.add(out, held, name=f"{name}.biased")
-        return out
+            biased.append(net.add(out, held, name=f"{name}.biased"))
+        return biased
 
     def _by_head(self, x: Tensor, heads: int, name: str) -> Tensor:
         """[M, heads x H] to [B, heads, T, H]."""
@@ -232,7 +239,7 @@ class _Writer:
             wide, self.cos, self.sin, self.positions, width=facts.head_dim, name=f"{name}.turned"
         )
         if scale != 1.0:
-            factor = net.scalar(scale, rank=4, name=f"{name}.scale")
+            factor = net.scalar(scale, rank=4, name=f"{name}.softmax_scale")
             turned = net.multiply(turned, factor, name=f"{name}.scaled")
         return net.cast(turned, "bf16", name=f"{name}.ready")
 
@@ -247,10 +254,12 @@ class _Writer:
 
     def _mlp(self, x: Tensor, name: str) -> Tensor:
         net, tensors = self.net, self.tensors
-        gate = self.linear(net, x, f"{name}.gate", self._rows(tensors[f"{name}.gate"]))
-        up = self.linear(net, x, f"{name}.up", self._rows(tensors[f"{name}.up"]))
+        shares = {f"{name}.{each}": self._rows(tensors[f"{name}.{each}"]) for each in _GATED}
+        gate, up = self.products(net, x, shares, WHOLE)
         gated = net.multiply(net.silu(gate, name=f"{name}.silu"), up, name=f"{name}.gated")
-        down = self.linear(net, gated, f"{name}.down", self._columns(tensors[f"{name}.down"]))
+        whole = tensors[f"{name}.down"]
+        cut = self._cut(whole.shape[1])
+        (down,) = self.products(net, gated, {f"{name}.down": whole[:, cut]}, cut)
         return self._summed(down, f"{name}.down.sum")
 
     def _experts(self, x: Tensor, name: str) -> Tensor:
@@ -271,7 +280,7 @@ class _Writer:
     def _routed(self, x: Tensor, name: str) -> Tensor:
         """Each expert's weight for each token, [E, M, 1] float32; zero where it was not chosen."""
         net, facts = self.net, self.facts
-        router = net.constant(f"{name}.router", bf16_bits(self.tensors[f"{name}.router"]), "bf16")
+        router = net.constant(f"{name}.router", bf16(self.tensors[f"{name}.router"]), "bf16")
         scores = net.cast(
             net.matmul(x, router, name=f"{name}.scores"), "float32", name=f"{name}.scores.wide"
         )
@@ -299,7 +308,7 @@ class _Writer:
         """One matrix of every expert, cut for the rank: [E, out, in]."""
         cut = self._columns if part == "down" else self._rows
         held = [
-            bf16_bits(cut(self.tensors[f"{name}.experts.{expert}.{part}"]))
+            bf16(cut(self.tensors[f"{name}.experts.{expert}.{part}"]))
             for expert in range(self.facts.experts)
         ]
         return self.net.constant(f"{name}.experts.{part}", np.stack(held), "bf16")
@@ -313,20 +322,23 @@ class _Writer:
         return whole[at : at + width]
 
     def _rows(self, whole: Array) -> Array:
-        each = len(whole) // self.tp
-        return whole[self.part.tp_index * each : (self.part.tp_index + 1) * each]
+        return whole[self._cut(len(whole))]
 
     def _columns(self, whole: Array) -> Array:
-        each = whole.shape[1] // self.tp
-        return whole[:, self.part.tp_index * each : (self.part.tp_index + 1) * each]
+        return whole[:, self._cut(whole.shape[1])]
+
+    def _cut(self, count: int) -> slice:
+        """The rank's share of `count` rows or columns."""
+        each = count // self.tp
+        return slice(self.part.tp_index * each, (self.part.tp_index + 1) * each)
 
     def _row(self, values: Array) -> Any:
-        return bf16_bits(values.reshape(1, -1))
+        return bf16(values.reshape(1, -1))
 
     def _normed(self, x: Tensor, name: str) -> Tensor:
         rank = len(x.shape)
         values = self.tensors[name].reshape((1,) * (rank - 1) + (-1,))
-        weight = self.net.constant(name, bf16_bits(values), "bf16")
+        weight = self.net.constant(name, bf16(values), "bf16")
         return self.net.rms_norm(x, weight, eps=self.facts.rms_eps, name=f"{name}.out")
 
     def _summed(self, x: Tensor, name: str) -> Tensor:

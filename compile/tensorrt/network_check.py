@@ -47,6 +47,7 @@ def verify_network(
     sharding: Sharding,
     precision: Precision,
     reference: str,
+    target: str = "rtx",
     exact: bool = False,
     timeout_s: float = RUN_TIMEOUT_S,
 ) -> Verification:
@@ -58,8 +59,9 @@ def verify_network(
         references: (tokens, vocab) float32 for each prompt.
         decoder: the whole model's facts.
         sharding: how the build is split.
-        precision: whose tolerance applies.
+        precision: whose tolerance applies, with `target`.
         reference: what it is compared with, for the record.
+        target: what it is built for.
         exact: compute in float32 throughout, which proves the structure, not the precision.
         timeout_s: of a sharded build's ranks.
 
@@ -84,6 +86,7 @@ def verify_network(
         precision=precision,
         reference=reference,
         method=VerifyMethod.NETWORK,
+        target=target,
     )
 
 

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from headrace.compile.tensorrt.decoder_network import Linear, Plan, Tensors, write_decoder
+from headrace.compile.tensorrt.decoder_network import Plan, write_decoder
 from headrace.compile.tensorrt.inspection import digest, inspect
+from headrace.compile.tensorrt.linear_forms import Held
 from headrace.compile.tensorrt.network import DYNAMIC, Network
 from headrace.serving.domain.artifact import Profile
 from headrace.serving.engine import plan_io
@@ -62,11 +63,10 @@ def log_file(rank: int) -> str:
 def build_rank(
     trt: Any,
     order: RankOrder,
-    tensors: Tensors,
+    held: Held,
     *,
     folder: Path,
     log: TextIO,
-    linear: Linear,
     advance: Callable[[str, int, int], None],
 ) -> RankBuilt:
     """Write `rank-N.plan` and `rank-N.network.json` into `folder`.
@@ -74,10 +74,9 @@ def build_rank(
     Args:
         trt: the library's module.
         order: what to build.
-        tensors: the whole model's.
+        held: the whole model's tensors, and how its products are written.
         folder: exists.
         log: gets every line of TensorRT's.
-        linear: how the layers' matrices are held.
         advance: told of the builder's phases: name, step, steps.
 
     Raises:
@@ -88,7 +87,7 @@ def build_rank(
     builder = trt.Builder(logger)
     strongly_typed = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
     net = Network(trt, builder.create_network(strongly_typed))
-    write_decoder(net, order.plan, tensors, linear)
+    write_decoder(net, order.plan, held.tensors, held.products)
     found = inspect(net)
     config = _configured(trt, builder, order, advance)
     for profile in order.profiles:

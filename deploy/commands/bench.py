@@ -34,6 +34,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     _add_admission(kinds)
     _add_tiers(kinds)
     _add_faults(kinds)
+    _add_plans(kinds)
     _add_peers(kinds)
 
 
@@ -122,6 +123,18 @@ def _add_faults(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
     faults.set_defaults(run=_faults)
 
 
+def _add_plans(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    plans = kinds.add_parser(
+        "plans",
+        help="what TensorRT plans cost to build, without a GPU",
+        description="Plans of SmolLM2-135M and of Qwen3-0.6B's shape for TensorRT-RTX: seconds, "
+        "memory, and how near --dry-run came. About three minutes; 6 GB of memory.",
+    )
+    plans.add_argument("--rounds", type=int, default=3, help="builds of each (3)")
+    _add_common(plans)
+    plans.set_defaults(run=_plans)
+
+
 def _add_peers(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     peers = kinds.add_parser("peers", help="install the engines that we are compared with")
     actions = peers.add_subparsers(dest="action", required=True, metavar="ACTION")
@@ -196,6 +209,15 @@ def _admission(args: argparse.Namespace) -> int:
     report.rows += limits.rows
     report.notes += limits.notes
     return _show(report, home, args)
+
+
+def _plans(args: argparse.Namespace) -> int:
+    from headrace.deploy.bench import plans
+
+    config = Config.load(args.home)
+    config.prepare_home()
+    options = plans.Options(rounds=_positive(args.rounds, "--rounds"))
+    return _show(plans.bench_plans(options, config.home, _tell), config.home, args)
 
 
 def _tiers(args: argparse.Namespace) -> int:

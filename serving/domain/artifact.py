@@ -165,6 +165,8 @@ class TensorRt:
     ranks: tuple[RankPlan, ...]
     flags: tuple[str, ...] = ()
     """"weight_streaming", "refit"."""
+    calibration: str = ""
+    """SHA-256 (hex) of the texts that it was calibrated with; empty where it was not."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

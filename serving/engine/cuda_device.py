@@ -167,6 +167,19 @@ def capability_here() -> str | None:
         device.close()
 
 
+def device_here() -> str:
+    """The name of the first GPU.
+
+    Raises:
+        DeviceUnsuitable: no driver answers.
+    """
+    device = CudaDevice()
+    try:
+        return device.name
+    finally:
+        device.close()
+
+
 def _num_devices() -> int:
     """How many devices a driver shows.
 

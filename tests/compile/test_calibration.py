@@ -19,10 +19,10 @@ from headrace.compile.calibration import (
     CalibrationSet,
     InputFacts,
     activation_scales,
-    measure_inputs,
     read_calibration_set,
 )
 from headrace.compile.families.decoder import DecoderModule
+from headrace.compile.input_facts import measure_inputs
 from headrace.compile.quantize import source_shapes
 from headrace.compile.tensorrt.smoothing import Smoothed
 from headrace.compile.tensorrt.weight_forms import int4_blocks

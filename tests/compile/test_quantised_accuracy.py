@@ -21,13 +21,13 @@ from headrace.compile.calibration import (
     ActivationScales,
     InputFacts,
     activation_scales,
-    measure_inputs,
     read_calibration_set,
 )
 from headrace.compile.checkpoint import open_checkpoint
 from headrace.compile.families.base import Weights
 from headrace.compile.families.decoder import DecoderModule
 from headrace.compile.families.registry import describe
+from headrace.compile.input_facts import measure_inputs
 from headrace.compile.pipeline import locate
 from headrace.compile.tensorrt.smoothing import Smoothed
 from headrace.compile.tensorrt.weight_forms import (

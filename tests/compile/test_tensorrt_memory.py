@@ -12,6 +12,7 @@ from headrace.compile.memory import fit, parameters, require_fit
 from headrace.compile.published import open_config
 from headrace.compile.sharding import held_shapes, parts
 from headrace.compile.tensorrt.decoder_network import Plan, write_decoder
+from headrace.compile.tensorrt.linear_forms import held as held_forms
 from headrace.compile.tensorrt.network import Network
 from headrace.compile.tensorrt.profiles import default_profiles
 from headrace.compile.tensorrt.targets import find_target
@@ -44,6 +45,7 @@ def published(name: str) -> Decoder:
     return describe_config(open_config(name)).decoder
 
 
+SMALL_MIXTURE = replace(SMALL, experts=6, experts_per_token=2, expert_ffn=64)
 QWEN3_8B = published("qwen3-8b")
 QWEN3_06B = published("qwen3-0.6b")
 MIXTURE = published("qwen3-235b-a22b")
@@ -82,17 +84,23 @@ def test_fp8_and_int4_change_the_layers_matrices_alone() -> None:
 
 
 @pytest.mark.parametrize("sharding", [ONE, Sharding(tp=2, pp=2), Sharding(cp=2)], ids=str)
-def test_weights_are_the_constants_of_the_network(sharding: Sharding) -> None:
+@pytest.mark.parametrize("precision", [Precision.BF16, Precision.FP8, Precision.INT4], ids=str)
+@pytest.mark.parametrize("facts", [SMALL, SMALL_MIXTURE], ids=["dense", "mixture"])
+def test_weights_are_the_constants_of_the_network(
+    sharding: Sharding, precision: Precision, facts: Decoder
+) -> None:
     """The network as it is written for TensorRT-RTX holds what was planned, shapes' sizes aside."""
-    tensors = {name: np.zeros(shape, np.float32) for name, shape in source_shapes(SMALL).items()}
-    for part in parts(SMALL, sharding):
+    footprint = replace(BF16, precision=precision)
+    tensors = {name: np.zeros(shape, np.float32) for name, shape in source_shapes(facts).items()}
+    for part in parts(facts, sharding):
         builder = tensorrt_rtx.Builder(tensorrt_rtx.Logger())
         net = Network(tensorrt_rtx, builder.create_network(0))
-        plan = Plan(part=part, sharding=sharding, cache_tokens=BF16.cache_tokens(SMALL))
-        write_decoder(net, plan, tensors)
+        plan = Plan(part=part, sharding=sharding, cache_tokens=footprint.cache_tokens(facts))
+        forms = held_forms(precision, facts, tensors, calibrated=None, activations=False)
+        write_decoder(net, plan, forms.tensors, forms.products)
 
         held = sum(values.nbytes for values in net.constants.values())
-        assert 0 <= held - BF16.weight_bytes(part) < 4_096
+        assert 0 <= held - footprint.weight_bytes(part) < 4_096
 
 
 def test_tensor_ranks_split_every_matrix_and_hold_norms_and_tables_whole() -> None:
@@ -170,9 +178,9 @@ def test_profiles_cover_every_number_of_rows_once() -> None:
     prefill, *decode = default_profiles(48, 512)
 
     assert (prefill.rows, prefill.tokens) == ((1, 1, 1), (1, 512, 512))
-    assert [each.rows for each in decode] == [(1, 1, 1), (2, 8, 8), (9, 32, 32), (33, 48, 48)]
+    assert [each.rows for each in decode] == [(1, 2, 2), (3, 8, 8), (9, 32, 32), (33, 48, 48)]
     assert {each.tokens for each in decode} == {(1, 1, 1)}
-    assert [each.rows[2] for each in default_profiles(4)] == [1, 1, 4]
+    assert [each.rows[2] for each in default_profiles(4)] == [1, 2, 4]
 
 
 def test_profiles_deal_tokens_out_evenly_to_context_ranks() -> None:

@@ -11,12 +11,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import checkpoints
-
 from headrace.compile.checkpoint import open_checkpoint
 from headrace.compile.pipeline import Order, compile_model
 from headrace.compile.tensorrt.options import PlanOptions
 from headrace.compile.verify import verify
+from headrace.deploy.bench import random_checkpoint
 from headrace.serving.domain.artifact import Decoder, Manifest, Precision
 from headrace.serving.engine.base import Engine, Row
 from headrace.serving.engine.loader import load_engine, read_manifest
@@ -74,7 +73,7 @@ def models(work: Path, shapes: dict[str, Decoder], smollm2: Path | None) -> Iter
     """Qwen3-0.6B's shape, and SmolLM2: trained where its checkpoint is here, else its shape."""
     random = {"qwen3-0.6b": 1e6} | ({} if smollm2 else {"smollm2-135m": 1e5})
     for name, theta in random.items():
-        folder = checkpoints.write_random(work / name, shapes[name], rope_theta=theta)
+        folder = random_checkpoint.write_random(work / name, shapes[name], rope_theta=theta)
         yield Model(name=name, source=str(folder), weights="random")
     if smollm2:
         yield Model(name="smollm2-135m", source=str(smollm2), weights="trained")
@@ -171,7 +170,7 @@ def verified(engine: Engine, manifest: Manifest, checkpoint: Path) -> dict[str, 
     from headrace.compile.reference import NAME, reference_logits
 
     rows = min(PROMPTS, engine.limits.rows_max)
-    prompts = checkpoints.prompts(engine.limits.vocab, rows=rows, tokens=PROMPT_TOKENS)
+    prompts = random_checkpoint.prompts(engine.limits.vocab, rows=rows, tokens=PROMPT_TOKENS)
     references = reference_logits(open_checkpoint(checkpoint), prompts)
     found = verify(engine, prompts, references, precision=manifest.precision, reference=NAME)
     return asdict(found) | {"perplexity_delta": found.perplexity_delta}

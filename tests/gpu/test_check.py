@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from headrace.deploy.bench import random_checkpoint
 from headrace.serving.domain.artifact import Decoder
 from headrace.serving.engine.tensorrt import TensorRtEngine
 from headrace.serving.errors import OutsideTolerance
@@ -38,11 +39,10 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """The modules of this folder, which import each other as a script's do."""
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
     import check
-    import checkpoints
     import engine_part
 
-    yield SimpleNamespace(check=check, engine_part=engine_part, checkpoints=checkpoints)
-    for name in ("check", "checkpoints", "engine_part", "pytorch_part"):
+    yield SimpleNamespace(check=check, engine_part=engine_part)
+    for name in ("check", "engine_part", "pytorch_part"):
         sys.modules.pop(name, None)
 
 
@@ -208,7 +208,7 @@ def test_a_random_checkpoint_is_one_that_compile_and_transformers_read(
     from headrace.compile.families.registry import describe
     from headrace.compile.reference import reference_logits
 
-    folder = gpu.checkpoints.write_random(tmp_path / "m", SMALL, rope_theta=1e6)
+    folder = random_checkpoint.write_random(tmp_path / "m", SMALL, rope_theta=1e6)
     checkpoint = open_checkpoint(folder)
     (logits,) = reference_logits(checkpoint, [[1, 2, 3]])
 

@@ -17,9 +17,10 @@ from headrace.compile.families.registry import describe
 from headrace.compile.sharding import parts
 from headrace.compile.tensorrt.decoder_network import Plan, write_decoder
 from headrace.compile.tensorrt.interpreter import Interpreter
+from headrace.compile.tensorrt.linear_forms import held
 from headrace.compile.tensorrt.network import Network
 from headrace.compile.tensorrt.process_group import Peers
-from headrace.serving.domain.artifact import Sharding
+from headrace.serving.domain.artifact import Precision, Sharding
 from headrace.serving.errors import UnsupportedModel
 
 STAGE = 2
@@ -97,5 +98,12 @@ def decoder_network(folder: Path, sharding: Sharding, rank: int) -> tuple[Any, A
     net = Network(trt, builder.create_network(0))
     part = parts(model.decoder, sharding)[rank]
     plan = Plan(part=part, sharding=sharding, cache_tokens=128)
-    write_decoder(net, plan, Weights(checkpoint, model))
+    forms = held(
+        Precision.BF16,
+        model.decoder,
+        Weights(checkpoint, model),
+        calibrated=None,
+        activations=False,
+    )
+    write_decoder(net, plan, forms.tensors, forms.products)
     return net.definition, net.constants
