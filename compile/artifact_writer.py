@@ -8,7 +8,7 @@ from pathlib import Path
 from headrace.compile.artifact_key import ArtifactKey
 from headrace.compile.builder import Engine
 from headrace.compile.families.base import Model
-from headrace.compile.tensors import Checkpoint, Config, read_json, sha256_of, unreadable
+from headrace.compile.tensors import Checkpoint, Config, read_json, unreadable
 from headrace.serving.domain.artifact import (
     MANIFEST_FILE,
     Manifest,
@@ -16,6 +16,7 @@ from headrace.serving.domain.artifact import (
     Verification,
     VerifyMethod,
 )
+from headrace.serving.engine.file_hash import stated_digests
 
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 _REASONING = ("<think>", "</think>")
@@ -67,6 +68,7 @@ def write_artifact(
     licence = next((file for file in checkpoint.files if file.name == "LICENSE"), None)
     if licence is not None:
         shutil.copyfile(licence, folder / "LICENSE")
+    stated = folder / MANIFEST_FILE
     manifest = Manifest(
         artifact_id=identity.artifact_id,
         model=identity.model,
@@ -88,11 +90,7 @@ def write_artifact(
         weights_digest=identity.key.weights_digest,
         graph_digest=identity.key.graph_digest,
         tensorrt=engine.tensorrt,
-        files={
-            file.name: sha256_of(file)
-            for file in sorted(folder.iterdir())
-            if file.name != MANIFEST_FILE
-        },
+        files=stated_digests([each for each in sorted(folder.iterdir()) if each != stated]),
     )
     return write_manifest(folder, manifest, UNVERIFIED)
 

@@ -14,9 +14,10 @@ from headrace.compile.quantize import WEIGHTS_FILE, quantize_decoder
 from headrace.compile.tensors import Array, Checkpoint
 from headrace.compile.verify import TEXT_TOKENS_MAX, verify
 from headrace.serving.domain.artifact import Manifest, Precision, TensorRt, Verification
+from headrace.serving.engine.base import Engine as LoadedEngine
 from headrace.serving.engine.loader import open_engine
 from headrace.serving.engine.onnx_engine import GRAPH_FILE, GRAPH_VERSION
-from headrace.serving.errors import UnsupportedModel
+from headrace.serving.errors import DoesNotFit, UnsupportedModel
 
 Prompts = Sequence[Sequence[int]]
 
@@ -172,18 +173,23 @@ def verify_engine(
 ) -> Verification:
     """Load the engine of `folder` as serving would, and compare it with the reference.
 
+    Its files are known to be right: written just now, by this process, or verified.
+
+    Args:
+        manifest: of the artifact.
+        folder: where it lies.
+        prompts: token ids.
+        references: of each prompt.
+        reference: what they are of, for the record.
+        threads: of engines that compute on the CPU.
+        kv_tokens: of all caches together; None is what the prompts need.
+        device: what it runs on, for the record.
+
     Raises:
+        DeviceUnsuitable, DoesNotFit: it cannot be run here.
         OutsideTolerance: it differs more than its precision may.
     """
-    # Of files that were written just now, by this process: there is nothing signed yet.
-    engine = open_engine(
-        folder,
-        manifest,
-        rows_max=len(prompts),
-        batch_tokens_max=TEXT_TOKENS_MAX,
-        kv_tokens=kv_tokens or len(prompts) * 2 * TEXT_TOKENS_MAX,
-        threads=threads,
-    )
+    engine = _open_for(len(prompts), manifest, folder, threads=threads, kv_tokens=kv_tokens)
     try:
         return verify(
             engine,
@@ -196,3 +202,28 @@ def verify_engine(
         )
     finally:
         engine.close()
+
+
+def _open_for(
+    num_texts: int, manifest: Manifest, folder: Path, *, threads: int, kv_tokens: int | None
+) -> LoadedEngine:
+    """All texts at once, or one where the device has no room for as many of the longest cache."""
+    facts = manifest.tensorrt
+    text_tokens = facts.cache_tokens if facts else 2 * TEXT_TOKENS_MAX
+    if kv_tokens is not None:
+        text_tokens = kv_tokens // num_texts
+
+    def open_with(rows: int) -> LoadedEngine:
+        return open_engine(
+            folder,
+            manifest,
+            rows_max=rows,
+            batch_tokens_max=TEXT_TOKENS_MAX,
+            kv_tokens=rows * text_tokens,
+            threads=threads,
+        )
+
+    try:
+        return open_with(num_texts)
+    except DoesNotFit:
+        return open_with(1)

@@ -5,11 +5,8 @@ back) and what a living process has loaded, which holds a lock on its manifest. 
 the index first, then its folder in one rename: interrupted anywhere, it is whole or not visible.
 """
 
-import fcntl
-import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,8 +14,7 @@ from headrace.compile.names_index import ARTIFACT_ID
 from headrace.compile.storage import locked_if_free, remove
 from headrace.compile.store import Store
 from headrace.serving.config import ModelConfig
-from headrace.serving.domain.artifact import MANIFEST_FILE
-from headrace.serving.engine.artifact_home import stamp_file
+from headrace.serving.engine.artifact_home import nobody_uses, stamp_file
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,7 +119,7 @@ def _remove(
 ) -> str:
     """Remove an artifact; why not, where it is needed after all."""
     lock = store.lock_file(candidate.artifact_id)
-    with locked_if_free(lock) as is_free, _nobody_uses(candidate.folder) as is_unused:
+    with locked_if_free(lock) as is_free, nobody_uses(candidate.folder) as is_unused:
         if not is_free:
             return "being built, fetched or removed"
         if not is_unused:
@@ -139,26 +135,6 @@ def _remove(
         remove(candidate.folder)
         stamp_file(candidate.folder).unlink(missing_ok=True)
     return ""
-
-
-@contextmanager
-def _nobody_uses(folder: Path) -> Iterator[bool]:
-    """Hold the lock that users of an artifact share; False where one of them has it."""
-    try:
-        # Nothing is written; NFS gives an exclusive lock on no other descriptor.
-        held = os.open(folder / MANIFEST_FILE, os.O_RDWR | os.O_CLOEXEC)
-    except FileNotFoundError:
-        yield True  # Without its manifest nobody can have loaded it.
-        return
-    try:
-        try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-        else:
-            yield True
-    finally:
-        os.close(held)
 
 
 def _leavings(store: Store, *, dry_run: bool) -> Sequence[str]:

@@ -341,11 +341,12 @@ def _verify(
     # torch and transformers: only now, and never where an artifact is merely looked up.
     from headrace.compile.reference import NAME, reference_logits
 
-    prompts = _prompts(Tokenizer.from_folder(folder, manifest), manifest)
+    prompts = prompts_for(Tokenizer.from_folder(folder, manifest), manifest)
     references = reference_logits(checkpoint, prompts)
     return builder.verify(checkpoint, model, manifest, folder, prompts, references, NAME)
 
 
-def _prompts(tokenizer: Tokenizer, manifest: Manifest) -> Sequence[Sequence[int]]:
+def prompts_for(tokenizer: Tokenizer, manifest: Manifest) -> Sequence[Sequence[int]]:
+    """The texts that every engine is verified with, each of a length that its model takes."""
     longest = min(TEXT_TOKENS_MAX, manifest.decoder.context_tokens)
     return [tokenizer.encode(text)[:longest] for text in TEXTS]

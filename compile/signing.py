@@ -48,10 +48,13 @@ class SigningKey:
     def __repr__(self) -> str:
         return f"SigningKey({self.key_id})"
 
+    def signature_of(self, manifest: bytes) -> Signature:
+        """The signature of a manifest's exact bytes."""
+        return Signature(key_id=self.key_id, value=self._private.sign(signed_bytes(manifest)))
+
     def sign(self, folder: Path) -> None:
         """Write the signature of a folder's manifest beside it, replacing one that is there."""
-        content = signed_bytes((folder / MANIFEST_FILE).read_bytes())
-        signature = Signature(key_id=self.key_id, value=self._private.sign(content))
+        signature = self.signature_of((folder / MANIFEST_FILE).read_bytes())
         (folder / SIGNATURE_FILE).write_text(signature.to_json(), "utf-8")
 
 

@@ -1,8 +1,9 @@
 """Where artifacts are: content-addressed folders, and an index from names to them.
 
-`artifacts/<id>/` is immutable once it is there. `names/<model>.json` numbers a model's builds and
-says which one each variant means; it is replaced whole, so that a reader sees the old state or the
-new one. See `names_index.py`.
+`artifacts/<id>/` is immutable once it is there, but for what its manifest says of its verification
+(`verify_stored.py`). `names/<model>.json` numbers a model's builds and says which one each variant
+means; it is replaced whole, so that a reader sees the old state or the new one. See
+`names_index.py`.
 """
 
 import re
@@ -309,6 +310,26 @@ class Store:
                 fix=f"Build it again: `headrace compile {model}`.",
             )
         return folder
+
+    def chosen(self, model: str, number: int | None, variant: str | None) -> Version:
+        """A model's version: this one, or the current one of a variant, or of the only variant.
+
+        Raises:
+            InvalidRequest: it has several variants and nothing was named.
+            ModelNotFound: there is no such version.
+        """
+        if number is not None:
+            return self.version(model, number)
+        index = self.index(model)
+        wanted = variant or (self._only_variant(model, index) if index.versions else "built")
+        found = index.current(wanted)
+        if found is None:
+            raise ModelNotFound(
+                f"There is no {wanted} artifact of model {model!r}.",
+                why=f"There is {', '.join(index.variants) or 'nothing'} under this name.",
+                fix="`headrace models` shows what there is.",
+            )
+        return found
 
     def _only_variant(self, model: str, index: Index) -> str:
         if len(index.variants) == 1:

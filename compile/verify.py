@@ -112,7 +112,7 @@ def verify(
     """Compare the engine with the reference on `prompts`.
 
     Args:
-        engine: loaded for at least as many rows as there are prompts.
+        engine: loaded; for as many rows as there are prompts, or they take turns.
         prompts: token ids, each of 2 to `TEXT_TOKENS_MAX`.
         references: (tokens, vocab) float32 for each prompt.
         precision: whose tolerance applies, with `target`.
@@ -231,12 +231,19 @@ def _surprise(logits: Array, following: np.ndarray) -> float:
 def _blocks(engine: Engine, index: int) -> list[int]:
     """The KV blocks of one text; texts lie one after the other, behind the scratch block."""
     each = -(-TEXT_TOKENS_MAX // engine.limits.kv_block_tokens)
-    first = SCRATCH_BLOCK + 1 + index * each
+    first = SCRATCH_BLOCK + 1 + index % engine.limits.rows_max * each
     return list(range(first, first + each))
 
 
 def _decode(engine: Engine, prompts: Sequence[Sequence[int]]) -> list[Array]:
-    """All texts side by side, token by token: logits of every position of each."""
+    """All texts side by side, as many as the engine takes: logits of every position of each."""
+    rows_max = engine.limits.rows_max
+    groups = (prompts[at : at + rows_max] for at in range(0, len(prompts), rows_max))
+    return [logits for group in groups for logits in _decode_group(engine, group)]
+
+
+def _decode_group(engine: Engine, prompts: Sequence[Sequence[int]]) -> list[Array]:
+    """Token by token."""
     logits = [np.empty((len(prompt), engine.limits.vocab), np.float32) for prompt in prompts]
     for position in range(max(map(len, prompts))):
         alive = [index for index, prompt in enumerate(prompts) if position < len(prompt)]

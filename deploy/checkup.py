@@ -21,7 +21,7 @@ import grpc
 from grpc_health.v1 import health_pb2
 
 from headrace.serving.config import Config, cores
-from headrace.serving.domain.artifact import MANIFEST_FILE
+from headrace.serving.domain.artifact import MANIFEST_FILE, VerifyMethod
 from headrace.serving.engine.loader import signed_manifest, verify_files
 from headrace.serving.errors import ServingError
 from headrace.serving.metering.ledger.sqlite_database import SQLITE_MIN
@@ -166,7 +166,14 @@ def check_artifacts(config: Config) -> Iterable[Finding]:
             yield Finding("artifact", Status.FAIL, refusal.what, refusal.fix)
             continue
         what = f"{manifest.model} {manifest.precision.value} {manifest.artifact_id[:12]} is intact"
-        yield Finding("artifact", Status.OK, what)
+        if manifest.verification.method is VerifyMethod.ENGINE:
+            yield Finding("artifact", Status.OK, what)
+            continue
+        fix = (
+            "Serving refuses it. Where its device is, run `headrace models verify "
+            f"{manifest.model} --variant {manifest.variant}`."
+        )
+        yield Finding("artifact", Status.WARN, f"{what}; its engine was never run", fix)
     if not manifests:
         fix = "`headrace serve` builds the demo model, or run `headrace compile`."
         yield Finding("artifact", Status.WARN, "no model is compiled yet", fix)

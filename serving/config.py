@@ -203,6 +203,11 @@ class Config:
         return self.home / "artifacts"
 
     @property
+    def trust_dir(self) -> Path:
+        """The public keys whose signatures count here."""
+        return self.home / "trust"
+
+    @property
     def meterlog_dir(self) -> Path:
         return self.home / "meterlog"
 

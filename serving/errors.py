@@ -39,6 +39,7 @@
     x ArtifactTampered      FAILED_PRECONDITION  a file differs from its manifest or signature
     x ArtifactUntrusted     FAILED_PRECONDITION  signed with a key that is not trusted here
     x ArtifactUnverified    FAILED_PRECONDITION  the engine itself was never run against a reference
+    x ArtifactInUse         FAILED_PRECONDITION  it cannot be changed while a process has it loaded
     x RemoteStoreFault      UNAVAILABLE          a bucket or folder of artifacts does not answer
     x DeviceUnsuitable      FAILED_PRECONDITION  the machine's GPU, driver or library is another
     x DoesNotFit            FAILED_PRECONDITION  the memory is too small
@@ -317,6 +318,10 @@ class ArtifactUntrusted(ArtifactError):
 
 class ArtifactUnverified(ArtifactError):
     reason = "ARTIFACT_UNVERIFIED"
+
+
+class ArtifactInUse(ArtifactError):
+    reason = "ARTIFACT_IN_USE"
 
 
 class RemoteStoreFault(ArtifactError):

@@ -26,6 +26,7 @@ import tokenizers
 
 from headrace.serving.clock import Clock, SystemClock
 from headrace.serving.domain.artifact import Manifest
+from headrace.serving.domain.file_digest import fits
 from headrace.serving.errors import ArtifactTampered, InvalidRequest, PromptTooLong
 from headrace.serving.text_stream import TextStream
 from headrace.serving.token_bytes import TokenTable, token_table
@@ -33,6 +34,8 @@ from headrace.serving.token_bytes import TokenTable, token_table
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
 TEMPLATE_FILE = "chat_template.jinja"
+FILE_BYTES_MAX = 128 * 2**20
+"""Of each of them: the largest tokenizer known has 35 MB, and compile takes none above 64 MiB."""
 
 ROLES = ("system", "user", "assistant")
 TEXT_BYTES_MAX = 1 << 20
@@ -97,17 +100,17 @@ class Tokenizer:
     def from_folder(
         cls, folder: Path, manifest: Manifest, *, clock: Clock | None = None
     ) -> "Tokenizer":
-        """Load what an artifact folder carries.
+        """Load what an artifact folder carries. Only files that its manifest states are read.
 
         Raises:
             ArtifactTampered: a file is missing or does not fit the manifest.
         """
         try:
-            tokenizer_json = (folder / TOKENIZER_FILE).read_text(encoding="utf-8")
-            config = _read_config(folder / CONFIG_FILE)
-            template_path = folder / TEMPLATE_FILE
-            if template_path.exists():
-                template: str | None = template_path.read_text(encoding="utf-8")
+            tokenizer_json = _read(folder, manifest, TOKENIZER_FILE)
+            stated = _read(folder, manifest, CONFIG_FILE) if CONFIG_FILE in manifest.files else "{}"
+            config = _parse_config(stated)
+            if TEMPLATE_FILE in manifest.files:
+                template: str | None = _read(folder, manifest, TEMPLATE_FILE)
             else:
                 template = _template_of(config)
         except (OSError, ValueError) as error:
@@ -287,10 +290,27 @@ def _tampered(detail: str) -> ArtifactTampered:
     )
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+def _read(folder: Path, manifest: Manifest, name: str) -> str:
+    """The text of a file; the bytes that were compared are the bytes that are used.
+
+    Raises:
+        OSError, ValueError: it cannot be read, or is not what the manifest states.
+    """
+    if name not in manifest.files:
+        raise ValueError(f"the manifest states no {name}")
+    with (folder / name).open("rb") as file:
+        content = file.read(FILE_BYTES_MAX + 1)
+    if len(content) > FILE_BYTES_MAX:
+        raise ValueError(f"{name} is larger than {FILE_BYTES_MAX:,} bytes")
+    if not fits(content, manifest.files[name]):
+        raise ValueError(f"{name} is another one than the manifest states")
+    return content.decode("utf-8")
+
+
+def _parse_config(text: str) -> dict[str, Any]:
+    config = json.loads(text)
     if not isinstance(config, dict):
-        raise ValueError(f"{path.name} is not a JSON object")
+        raise ValueError(f"{CONFIG_FILE} is not a JSON object")
     return config
 
 

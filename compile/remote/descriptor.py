@@ -10,11 +10,10 @@ from typing import Any
 from headrace.compile.names_index import ARTIFACT_ID, VARIANT
 from headrace.compile.remote.patience import Remote
 from headrace.compile.store import check_name
+from headrace.serving.domain.file_digest import PART_BYTES
 from headrace.serving.errors import ArtifactTampered, ModelNotFound
 
 DESCRIPTOR_VERSION = 1
-PART_BYTES = 64 * 2**20
-"""What is sent at once, held in memory by each sender, and sent again when it was cut off."""
 DESCRIPTOR_BYTES_MAX = 8 * 2**20
 """Some 60,000 parts: 4 TB."""
 VERSIONS_MAX = 10_000
@@ -25,7 +24,10 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """A piece of a file, in its order."""
+    """A piece of a file, in its order: at most `PART_BYTES`.
+
+    That much is sent at once, held in memory by each sender, and sent again when it was cut off.
+    """
 
     sha256: str
     part_bytes: int

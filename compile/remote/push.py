@@ -9,7 +9,6 @@ from pathlib import Path
 
 from headrace.compile.progress import Progressing
 from headrace.compile.remote.descriptor import (
-    PART_BYTES,
     Descriptor,
     Part,
     RemoteFile,
@@ -21,6 +20,7 @@ from headrace.compile.remote.parallel import Transfer, transfer_all
 from headrace.compile.remote.patience import Remote
 from headrace.compile.store import Store
 from headrace.serving.domain.artifact import MANIFEST_FILE, Manifest
+from headrace.serving.domain.file_digest import PART_BYTES
 from headrace.serving.domain.signature import SIGNATURE_FILE
 from headrace.serving.engine.artifact_home import hold
 from headrace.serving.engine.loader import signed_manifest, verify_files

@@ -26,6 +26,7 @@ from headrace.serving.admission.key_store import cluster_token
 from headrace.serving.config import Config
 from headrace.serving.frontend.status import DETAILS_KEY
 from headrace.serving.testing.postgres import PostgresServer
+from headrace.serving.testing.signing import trust_key
 from headrace.v1 import inference_pb2 as pb
 from headrace.v1 import inference_pb2_grpc
 
@@ -77,6 +78,7 @@ class FaultWorld:
     async def __aenter__(self) -> Self:
         self.config = _config(self.home, self._postgres)
         cluster_token(self.config.cluster_token_file)
+        trust_key(self.config.trust_dir)  # Of what the paced replicas announce.
         self._metadata: Metadata = bearer(demo_key(self.config))
         try:
             await self._start_frontend()

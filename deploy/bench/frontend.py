@@ -28,6 +28,7 @@ from headrace.serving.admission.accounts import demo_key
 from headrace.serving.admission.key_store import cluster_token
 from headrace.serving.config import Config
 from headrace.serving.errors import ServingError
+from headrace.serving.testing.signing import trust_key
 
 MODEL = "paced"
 BARE, SERVE = "bare grpc.aio", "ray serve proxy"
@@ -214,6 +215,7 @@ async def ours(tokens_per_s: float, log: Path) -> AsyncIterator[Target]:
         config = _config(Path(folder))
         # Both sides read it; made here, they cannot both make it.
         cluster_token(config.cluster_token_file)
+        trust_key(config.trust_dir)  # Of what the paced replica announces.
         key = demo_key(config)
         supervisor = Supervisor(config, report=lambda _: None, assignments=())
         try:

@@ -21,8 +21,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-from tokenizers import Tokenizer
-
 from headrace.compile.store import Store
 from headrace.deploy.bench import figures, machine, procfs
 from headrace.deploy.bench.contender import Contender, sit_out, to_rows
@@ -33,8 +31,9 @@ from headrace.deploy.bench.peers.install import MODEL, NAMES, peer
 from headrace.deploy.bench.report import Report
 from headrace.deploy.bench.workload import PROMPT_TOKENS_MIN, Encode, Load, make_load
 from headrace.serving.domain.artifact import Precision
-from headrace.serving.engine.loader import read_manifest
+from headrace.serving.engine.loader import signed_manifest
 from headrace.serving.errors import ModelNotFound, ServingError
+from headrace.serving.tokenizer import Tokenizer
 
 WARM_UP_TOKENS = 8
 
@@ -291,8 +290,7 @@ def _rss_mb(entrant: Entrant) -> float:
 
 
 def _encoder(folder: Path) -> Encode:
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    return lambda text: tokenizer.encode(text, add_special_tokens=False).ids
+    return Tokenizer.from_folder(folder, signed_manifest(folder)).encode_text
 
 
 def _rooflines(
@@ -302,7 +300,7 @@ def _rooflines(
     found: dict[Precision, machine.Roofline] = {}
     for precision in precisions:
         try:
-            manifest = read_manifest(store.resolve(MODEL, precision))
+            manifest = signed_manifest(store.resolve(MODEL, precision))
         except ModelNotFound:
             continue  # Said already, where the contender was left out.
         decoder = manifest.decoder

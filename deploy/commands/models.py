@@ -6,11 +6,18 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 
 from headrace.compile.store import Store, Stored
-from headrace.deploy.commands import models_gc, models_remote, models_trust, models_versions
+from headrace.deploy.commands import (
+    models_gc,
+    models_remote,
+    models_trust,
+    models_verify,
+    models_versions,
+)
 from headrace.deploy.commands.models_shared import add_shared, home_of, wants_json
+from headrace.deploy.commands.models_verify import verified_as_json, verified_in_words
 from headrace.deploy.tables import show_table
 
-_COLUMNS = ("model", "variant", "version", "engine", "size", "perplexity", "artifact")
+_COLUMNS = ("model", "variant", "version", "engine", "size", "perplexity", "artifact", "verified")
 _NUMBERS = ("version", "size", "perplexity")
 
 
@@ -30,7 +37,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     fetching.add_argument("name", metavar="NAME", help="for example smollm2-135m")
     add_shared(fetching)
     fetching.set_defaults(run=run_pull)
-    for others in (models_versions, models_remote, models_gc, models_trust):
+    for others in (models_versions, models_verify, models_remote, models_gc, models_trust):
         others.add_verbs(verbs)
 
 
@@ -80,6 +87,7 @@ def _row(stored: Stored) -> tuple[str, ...]:
         f"{stored.total_bytes / 1e6:,.0f} MB",
         f"{manifest.verification.perplexity_delta:+.2%}" if manifest else "?",
         stored.version.artifact_id[:12],
+        verified_in_words(manifest),
     )
 
 
@@ -110,6 +118,6 @@ def as_json(stored: Stored) -> dict[str, object]:
         "weight_bytes": manifest.weight_bytes,
         "context_tokens": manifest.decoder.context_tokens,
         "perplexity_delta": manifest.verification.perplexity_delta,
-        "verified": manifest.verification.method.value,
+        "verified": verified_as_json(manifest),
         "source": manifest.source,
     }

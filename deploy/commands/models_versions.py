@@ -12,10 +12,11 @@ from headrace.deploy.commands.models_shared import (
     version_number,
     wants_json,
 )
+from headrace.deploy.commands.models_verify import verified_as_json, verified_in_words
 from headrace.deploy.tables import show_table
 from headrace.serving.errors import ModelNotFound
 
-_COLUMNS = ("version", "variant", "current", "since", "size", "artifact")
+_COLUMNS = ("version", "variant", "current", "since", "size", "artifact", "verified")
 _REMOTE_COLUMNS = ("version", "variant", "pushed", "size", "artifact")
 SHOWN_MAX = 100
 """Versions on a store that are shown, the newest: each is a request."""
@@ -63,6 +64,7 @@ def run_versions(args: argparse.Namespace) -> int:
                 "is_current": each.is_current,
                 "total_bytes": each.total_bytes,
                 "problem": each.problem,
+                "verified": verified_as_json(each.manifest) if each.manifest else None,
             }
             for each in found
         ]
@@ -77,6 +79,7 @@ def run_versions(args: argparse.Namespace) -> int:
             each.version.registered_at,
             f"{each.total_bytes / 1e6:,.0f} MB",
             each.version.artifact_id[:12],
+            verified_in_words(each.manifest),
         )
         for each in found
     ]

@@ -198,7 +198,8 @@ class Manifest:
     source: str
     built_with: Mapping[str, str] = field(default_factory=dict[str, str])
     files: Mapping[str, str] = field(default_factory=dict[str, str])
-    """File name to SHA-256 (hex) of its content; every file but the manifest and its signature."""
+    """File name to the digest of its content, as `file_digest.py` says; every file but the manifest
+    and its signature."""
     tensorrt: TensorRt | None = None
     weights_digest: str = ""
     """SHA-256 (hex) over every file of the checkpoint: weights, configuration, tokenizer."""

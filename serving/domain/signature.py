@@ -1,14 +1,21 @@
-"""The detached signature of a manifest, as a file: who signed, and what exactly is signed."""
+"""The detached signature of a manifest, as a file: who signed, and what exactly is signed.
+
+Each line is a signature. Two stand there where a manifest was replaced: the new one's, and the old
+one's. The file is replaced before the manifest is, so that one of its lines fits whichever manifest
+a reader has met, and a process that dies in between leaves an artifact as good as before.
+"""
 
 import json
 from base64 import b64decode, b64encode
 from binascii import Error as NotBase64
+from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 
 SIGNATURE_FILE = "manifest.sig"
 SIGNATURE_BYTES_MAX = 4096
-"""Two short fields."""
+"""Two lines of two short fields."""
+SIGNATURES_MAX = 2
 
 _PURPOSE = b"headrace artifact manifest\n"
 """Stands before what is signed, so that a signature made for something else never fits here."""
@@ -42,6 +49,18 @@ class Signature:
             return cls(key_id=key_id, value=b64decode(value, validate=True))
         except NotBase64 as error:
             raise ValueError(f"signature is not base64: {error}") from error
+
+
+def read_signatures(text: str) -> Sequence[Signature]:
+    """Read a signature file strictly.
+
+    Raises:
+        ValueError: it is none.
+    """
+    lines = text.splitlines()
+    if not 1 <= len(lines) <= SIGNATURES_MAX:
+        raise ValueError(f"it has {len(lines)} lines; one or {SIGNATURES_MAX} are signatures")
+    return [Signature.from_json(line) for line in lines]
 
 
 def signed_bytes(manifest: bytes) -> bytes:

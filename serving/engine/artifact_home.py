@@ -1,17 +1,22 @@
 """What a home keeps beside an artifact: who may have signed it, when and by whom it is used.
 
 An artifact lies in `<home>/artifacts/<id>`; this is the one place that goes from there to `<home>`.
-Whoever uses an artifact holds a shared lock on its manifest, and the collector of garbage takes it
-exclusively before it removes one.
+Whoever uses an artifact holds a shared lock on its manifest. Whoever removes the artifact or
+replaces the manifest takes it exclusively.
 """
 
 import errno
 import fcntl
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from headrace.serving.domain.artifact import MANIFEST_FILE
 from headrace.serving.errors import ArtifactTampered
+
+HOLD_TRIES = 3
+"""Each other one means that a manifest was replaced in the moment it was opened."""
 
 _READ_ONLY = frozenset({errno.EROFS, errno.EACCES, errno.EPERM})
 
@@ -33,23 +38,45 @@ def hold(artifact: Path) -> int:
         The descriptor that holds the lock; whoever closes it, or ends, lets go.
 
     Raises:
-        ArtifactTampered: there is no manifest, or the folder was replaced meanwhile.
+        ArtifactTampered: there is no manifest, or it kept being replaced.
     """
     path = artifact / MANIFEST_FILE
-    try:
-        held = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as error:
-        raise _gone(artifact, f"{MANIFEST_FILE} is not readable: {error.strerror}.") from error
-    try:
-        # Waits only while the collector looks at it; where it went on to remove it, it is gone.
-        fcntl.flock(held, fcntl.LOCK_SH)
-        if not _is_at(held, path):
-            raise _gone(artifact, "It was removed or replaced while it was opened.")
-        _stamp(stamp_file(artifact))
-    except BaseException:
+    for _ in range(HOLD_TRIES):
+        try:
+            held = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise _gone(artifact, f"{MANIFEST_FILE} is not readable: {error.strerror}.") from error
+        try:
+            # Waits only while another looks whether it is used, and acts on it in an instant.
+            fcntl.flock(held, fcntl.LOCK_SH)
+            if _is_at(held, path):
+                _stamp(stamp_file(artifact))
+                return held
+        except BaseException:
+            os.close(held)
+            raise
         os.close(held)
-        raise
-    return held
+    raise _gone(artifact, f"It was replaced {HOLD_TRIES} times while it was opened.")
+
+
+@contextmanager
+def nobody_uses(artifact: Path) -> Iterator[bool]:
+    """Hold the lock that users of an artifact share; False where one of them has it."""
+    try:
+        # Nothing is written; NFS gives an exclusive lock on no other descriptor.
+        held = os.open(artifact / MANIFEST_FILE, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        yield True  # Without its manifest nobody can have loaded it.
+        return
+    try:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+    finally:
+        os.close(held)
 
 
 def _is_at(held: int, path: Path) -> bool:

@@ -1,6 +1,5 @@
 """Artifact folder to engine. Nothing is loaded that a trusted key did not sign, byte for byte."""
 
-import hashlib
 import os
 import weakref
 from pathlib import Path
@@ -8,11 +7,11 @@ from pathlib import Path
 from headrace.serving.domain.artifact import MANIFEST_FILE, Manifest, VerifyMethod
 from headrace.serving.engine.artifact_home import hold, trust_folder
 from headrace.serving.engine.base import Engine
+from headrace.serving.engine.file_hash import found_digests
 from headrace.serving.engine.signature import trusted_keys, verify_signature
 from headrace.serving.errors import ArtifactTampered, ArtifactUnverified
 
 MANIFEST_BYTES_MAX = 2**20
-_READ_BYTES = 2**20
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -42,21 +41,20 @@ def signed_manifest(folder: Path, *, trust: Path | None = None) -> Manifest:
 
 
 def verify_files(folder: Path, manifest: Manifest) -> None:
-    """Compare every file with the manifest's SHA-256.
+    """Compare every file with the manifest's digest, several at once; see `file_hash.py`.
 
     Raises:
         ArtifactTampered: a file is missing, differs, or lies outside the folder.
     """
-    for name, expected in manifest.files.items():
+    for name in manifest.files:
         if Path(name).name != name:
             raise _tampered(folder, f"The manifest names {name!r}, which is not in the folder.")
-        try:
-            found = _sha256(folder / name)
-        except OSError as error:
-            raise _tampered(folder, f"{name} is not readable: {error.strerror}.") from error
-        if found != expected:
+    for name, found in found_digests(folder, manifest.files):
+        if isinstance(found, OSError):
+            raise _tampered(folder, f"{name} is not readable: {found.strerror}.") from found
+        if found != (expected := manifest.files[name]):
             raise _tampered(
-                folder, f"{name} has SHA-256 {found[:12]}…, the manifest {expected[:12]}…."
+                folder, f"{name} has SHA-256 {found[:17]}…, the manifest {expected[:17]}…."
             )
 
 
@@ -160,8 +158,8 @@ def _require_verified(manifest: Manifest) -> None:
         "verified.",
         why=f"Its manifest says that {what}; the engine itself was never compared with "
         f"{manifest.verification.reference}.",
-        fix="Build it where its device is, so that it is run and verified; or serve it as it is "
-        "with `headrace serve --allow-unverified`.",
+        fix=f"Where its device is, run `headrace models verify {manifest.model} --variant "
+        f"{manifest.variant}`; or serve it as it is with `headrace serve --allow-unverified`.",
     )
 
 
@@ -182,14 +180,6 @@ def _parse(folder: Path, content: bytes) -> Manifest:
     except UnicodeDecodeError as error:
         raise _tampered(folder, f"{MANIFEST_FILE} is not readable: {error}.") from error
     return Manifest.from_json(text, where=str(folder / MANIFEST_FILE))
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_READ_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _tampered(folder: Path, why: str) -> ArtifactTampered:

@@ -1,6 +1,6 @@
 """Verifies who signed a manifest. Signing is compile's; no private key is ever read here."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
@@ -12,6 +12,7 @@ from headrace.serving.domain.signature import (
     SIGNATURE_FILE,
     Signature,
     key_id,
+    read_signatures,
     signed_bytes,
 )
 from headrace.serving.errors import ArtifactTampered, ArtifactUntrusted
@@ -56,8 +57,10 @@ def trusted_keys(trust: Path) -> Mapping[str, Ed25519PublicKey]:
     return {key_id(key.public_bytes_raw()): key for key in keys}
 
 
-def verify_signature(folder: Path, manifest: bytes, trusted: Mapping[str, Ed25519PublicKey]) -> str:
-    """Check that a trusted key signed these bytes; answer its id.
+def verify_signature(
+    folder: Path, manifest: bytes, trusted: Mapping[str, Ed25519PublicKey]
+) -> Signature:
+    """Check that a trusted key signed these bytes; answer the signature that fits.
 
     Args:
         folder: of the artifact; holds the signature.
@@ -68,31 +71,36 @@ def verify_signature(folder: Path, manifest: bytes, trusted: Mapping[str, Ed2551
         ArtifactTampered: the signature is missing or does not fit.
         ArtifactUntrusted: whoever signed is not trusted here.
     """
-    signature = _signature(folder)
-    key = trusted.get(signature.key_id)
-    if key is None:
+    found = _signatures(folder)
+    known = [each for each in found if each.key_id in trusted]
+    if not known:
         raise ArtifactUntrusted(
-            f"The artifact {folder} was signed with the key {signature.key_id[:32]!r}.",
+            f"The artifact {folder} was signed with the key {found[0].key_id[:32]!r}.",
             why=f"This home trusts {', '.join(sorted(trusted)) or 'no key at all'}.",
             fix="If it comes from a home of yours, get that home's key with `headrace models key` "
             "there and trust it here with `headrace models trust add FILE`.",
         )
+    for each in known:
+        if _fits(trusted[each.key_id], each, manifest):
+            return each
+    raise _unsigned(folder, f"The signature of {known[0].key_id} does not fit its manifest.")
+
+
+def _fits(key: Ed25519PublicKey, signature: Signature, manifest: bytes) -> bool:
     try:
         key.verify(signature.value, signed_bytes(manifest))
-    except InvalidSignature as error:
-        raise _unsigned(
-            folder, f"The signature of {signature.key_id} does not fit its manifest."
-        ) from error
-    return signature.key_id
+    except InvalidSignature:
+        return False
+    return True
 
 
-def _signature(folder: Path) -> Signature:
+def _signatures(folder: Path) -> Sequence[Signature]:
     try:
         with (folder / SIGNATURE_FILE).open("rb") as file:
             text = file.read(SIGNATURE_BYTES_MAX + 1)
         if len(text) > SIGNATURE_BYTES_MAX:
             raise ValueError(f"it is longer than {SIGNATURE_BYTES_MAX:,} bytes")
-        return Signature.from_json(text.decode("utf-8"))
+        return read_signatures(text.decode("utf-8"))
     except FileNotFoundError as error:
         raise _unsigned(
             folder, f"It has no {SIGNATURE_FILE}; what is built has one since manifest version 2."

@@ -7,7 +7,7 @@ from concurrent.futures import Executor
 from pathlib import Path
 
 from headrace.serving import log
-from headrace.serving.domain.artifact import MANIFEST_FILE, Manifest
+from headrace.serving.engine.loader import signed_manifest
 from headrace.serving.errors import ArtifactError, ArtifactTampered, EngineFault
 from headrace.serving.frontend.convert import LoadedModel
 from headrace.serving.router.endpoint import ReplicaFacts
@@ -19,22 +19,26 @@ VERSIONS_MAX = 8
 Load = Callable[[ReplicaFacts], LoadedModel]
 
 
-def load_from_artifact(facts: ReplicaFacts) -> LoadedModel:
+def load_from_artifact(facts: ReplicaFacts, *, trust: Path) -> LoadedModel:
     """Read what the replica's artifact folder carries. Blocks for about 0.3 s.
 
+    Args:
+        facts: what the replica announced.
+        trust: the public keys that count. A folder that was announced does not bring its own.
+
     Raises:
-        ArtifactTampered: it cannot be read here, or is not what the replica announced.
+        ArtifactTampered: it cannot be read here, is not what was signed, or not what the replica
+            announced.
+        ArtifactUntrusted: it was signed with a key that is not trusted here.
     """
     folder = Path(facts.artifact_path)
-    try:
-        text = (folder / MANIFEST_FILE).read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    if not folder.is_dir():
         raise ArtifactTampered(
-            f"The manifest in {folder} cannot be read: {error}.",
+            f"There is no folder {folder}.",
             why="A frontend takes the tokenizer from the folder that a replica announces.",
             fix="Mount the artifact store at the same path here as on the replicas.",
-        ) from error
-    manifest = Manifest.from_json(text, where=str(folder))
+        )
+    manifest = signed_manifest(folder, trust=trust)
     if manifest.artifact_id != facts.version:
         raise ArtifactTampered(
             f"{folder} holds the artifact {manifest.artifact_id[:12]}.",
@@ -47,7 +51,7 @@ def load_from_artifact(facts: ReplicaFacts) -> LoadedModel:
 class ModelShelf:
     """Loads each version once, however many requests ask at the same time."""
 
-    def __init__(self, executor: Executor, *, load: Load = load_from_artifact) -> None:
+    def __init__(self, executor: Executor, *, load: Load) -> None:
         self._executor = executor
         self._load = load
         self._loaded: OrderedDict[str, LoadedModel] = OrderedDict()
@@ -72,7 +76,8 @@ class ModelShelf:
         except ArtifactError as error:
             raise EngineFault(
                 f"The tokenizer of {facts.model} cannot be loaded.",
-                why="Its artifact is missing or damaged on this frontend; the log has the details.",
+                why="Its artifact is missing, damaged or not trusted on this frontend; the log has "
+                "the details.",
                 fix="Tell the operator; `headrace doctor` checks the artifacts.",
             ) from error
 

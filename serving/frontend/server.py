@@ -12,6 +12,7 @@ import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import grpc
 import grpc.aio
@@ -91,7 +92,7 @@ class Frontend:
         on_change: Callable[[], None] = lambda: None,
         on_meter_failed: Callable[[str], None] = lambda _: None,
         clock: Clock | None = None,
-        load: Load = load_from_artifact,
+        load: Load | None = None,
         adjust: Adjust | None = None,
     ) -> None:
         """Prepare; nothing is opened before `start`.
@@ -103,7 +104,7 @@ class Frontend:
             on_meter_failed: called on another thread once nothing can be recorded any more: the
                 process should end, and its successor recovers what the disk has.
             clock: of deadlines and records.
-            load: where tokenizers come from.
+            load: where tokenizers come from; None takes artifacts that this home trusts.
             adjust: writes corrections of charges; None is the meter log.
         """
         self._config = config
@@ -111,6 +112,7 @@ class Frontend:
         self._version = version
         self.metrics = Metrics(version=version)
         self._executor = ThreadPoolExecutor(TOKENISER_THREADS, thread_name_prefix="tokenise")
+        load = load or partial(load_from_artifact, trust=config.trust_dir)
         self._shelf = ModelShelf(self._executor, load=load)
         self.gate = Gate(config.frontend.streams_max)
         self._adjust = adjust

@@ -30,6 +30,7 @@ from headrace.serving.router.endpoint import ReplicaFacts
 from headrace.serving.testing.gated_engine import GatedEngine
 from headrace.serving.testing.greedy_sampler import GreedySampler
 from headrace.serving.testing.scripted_engine import Rule, chained, tiny_limits
+from headrace.serving.testing.signing import trust_key
 from headrace.serving.testing.tiny_artifact import tiny_manifest, write_tiny_artifact
 from headrace.serving.tokenizer import Tokenizer
 from headrace.v1 import admin_pb2_grpc, billing_pb2_grpc, inference_pb2_grpc
@@ -153,6 +154,7 @@ class Platform:
     async def __aenter__(self) -> "Platform":
         self.config.prepare_home()
         write_tiny_artifact(self._folder, self.manifest)
+        trust_key(self.config.trust_dir)
         self.key = demo_key(self.config)
         self.metadata = (("authorization", f"Bearer {self.key}"),)
         self.frontend = Frontend(

@@ -1,5 +1,6 @@
 """An artifact without weights: a signed manifest and the tiny tokenizer, in a folder."""
 
+from hashlib import sha256
 from pathlib import Path
 
 import tokenizers
@@ -62,14 +63,23 @@ def tiny_manifest(
             tolerance="none",
         ),
         source="code",
+        files={name: sha256(text.encode()).hexdigest() for name, text in _content().items()},
     )
+
+
+def _content() -> dict[str, str]:
+    """What the folder holds beside its manifest."""
+    return {
+        TOKENIZER_FILE: tiny_tokenizer_json(),
+        CONFIG_FILE: f'{{"eos_token": "{END}"}}',
+        TEMPLATE_FILE: CHAT_TEMPLATE,
+    }
 
 
 def write_tiny_artifact(folder: Path, manifest: Manifest) -> None:
     """Write what a frontend reads of an artifact, signed with the key of `signing.py`."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / TOKENIZER_FILE).write_text(tiny_tokenizer_json(), "utf-8")
-    (folder / CONFIG_FILE).write_text(f'{{"eos_token": "{END}"}}', "utf-8")
-    (folder / TEMPLATE_FILE).write_text(CHAT_TEMPLATE, "utf-8")
+    for name, text in _content().items():
+        (folder / name).write_text(text, "utf-8")
     (folder / MANIFEST_FILE).write_text(manifest.to_json(), "utf-8")
     sign_artifact(folder)

@@ -32,11 +32,12 @@ class CountingEngine:
 
     sureness: float
     wrong_after: int | None = None
+    rows_max: int = 8
 
     @property
     def limits(self) -> Limits:
         return Limits(
-            rows_max=8,
+            rows_max=self.rows_max,
             batch_tokens_max=96,
             sequence_tokens_max=96,
             kv_blocks=48,
@@ -45,6 +46,9 @@ class CountingEngine:
         )
 
     def step(self, rows: Sequence[Row]) -> Logits:
+        blocks_max = self.rows_max * 96 // 16
+        assert len(rows) <= self.rows_max
+        assert all(1 <= block <= blocks_max for row in rows for block in row.block_ids)
         found = [
             expected(row.token_ids[-1:], sureness=self.sureness)[0] for row in rows if row.samples
         ]
@@ -70,6 +74,11 @@ def test_an_exact_engine_has_no_error() -> None:
     assert found.max_abs_error == 0
     assert found.top1_agreement == 1.0
     assert found.perplexity == found.perplexity_reference
+
+
+def test_texts_take_turns_where_an_engine_takes_one() -> None:
+    """A device may have memory for one of the longest sequences, and no more."""
+    assert measured(CountingEngine(sureness=6.0, rows_max=1)).tokens == 10
 
 
 def test_it_is_said_what_was_run_and_by_whom_and_when() -> None:

@@ -19,6 +19,7 @@ from headrace.serving.domain.artifact import (
     Manifest,
     Precision,
     Verification,
+    VerifyMethod,
 )
 from headrace.serving.metering.books import Books
 from headrace.serving.metering.meterlog import format as fmt
@@ -53,7 +54,7 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def artifact(config: Config, weights: bytes) -> None:
+def artifact(config: Config, weights: bytes, method: VerifyMethod = VerifyMethod.ENGINE) -> None:
     folder = config.artifacts_dir / "abc"
     folder.mkdir()
     (folder / "weights").write_bytes(weights)
@@ -89,6 +90,7 @@ def artifact(config: Config, weights: bytes) -> None:
             perplexity=1.0,
             perplexity_reference=1.0,
             tolerance="t",
+            method=method,
         ),
         source="s",
         files={"weights": hashlib.sha256(b"weights").hexdigest()},
@@ -157,6 +159,28 @@ def test_an_intact_artifact_passes_and_a_changed_one_does_not(config):
     assert (intact.status, intact.what) == (Status.OK, "m int8 abcabcabcabc is intact")
     assert changed.status is Status.FAIL
     assert "headrace compile" in changed.fix
+
+
+@pytest.mark.parametrize("method", [VerifyMethod.NETWORK, VerifyMethod.NONE])
+def test_an_engine_that_was_never_run_is_a_warning(config, method):
+    """Serving refuses it: better said before than at start."""
+    artifact(config, b"weights", method)
+
+    finding = only(checkup.check_artifacts(config))
+
+    assert (finding.status, "never run" in finding.what) == (Status.WARN, True)
+    assert "headrace models verify m --variant cpu/int8" in finding.fix
+
+
+def test_an_artifact_of_a_stranger_is_a_failure(config):
+    artifact(config, b"weights")
+    for key in config.trust_dir.iterdir():
+        key.unlink()
+
+    finding = only(checkup.check_artifacts(config))
+
+    assert (finding.status, "signed with the key" in finding.what) == (Status.FAIL, True)
+    assert "headrace models trust add" in finding.fix
 
 
 def findings(config) -> dict[str, Status]:

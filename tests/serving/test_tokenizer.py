@@ -5,6 +5,8 @@ the properties hold for any text, however it falls into tokens.
 
 import json
 import re
+from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -249,8 +251,10 @@ def test_text_that_fits_no_context_is_refused_unread() -> None:
         TINY.encode("x" * (TEXT_BYTES_MAX + 1))
 
 
-def manifest() -> Manifest:
-    return tiny_manifest(TINY.vocab_size)
+def manifest(folder: Path) -> Manifest:
+    """It states what lies in the folder."""
+    files = {each.name: sha256(each.read_bytes()).hexdigest() for each in folder.iterdir()}
+    return replace(tiny_manifest(TINY.vocab_size), files=files)
 
 
 def test_an_artifact_folder_brings_tokenizer_and_template(tmp_path: Path) -> None:
@@ -258,7 +262,7 @@ def test_an_artifact_folder_brings_tokenizer_and_template(tmp_path: Path) -> Non
     config = {"chat_template": CHAT_TEMPLATE, "eos_token": {"content": END}}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
 
-    loaded = Tokenizer.from_folder(tmp_path, manifest())
+    loaded = Tokenizer.from_folder(tmp_path, manifest(tmp_path))
 
     assert loaded.encode_chat([("user", "hello")]) == TINY.encode_chat([("user", "hello")])
     assert loaded.vocab_size == TINY.vocab_size
@@ -269,7 +273,7 @@ def test_a_template_file_wins_over_the_config(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": "config"}))
     (tmp_path / "chat_template.jinja").write_text("{{ eos_token or 'file' }}")
 
-    loaded = Tokenizer.from_folder(tmp_path, manifest())
+    loaded = Tokenizer.from_folder(tmp_path, manifest(tmp_path))
 
     assert loaded.decode(loaded.encode_chat([("user", "x")])) == "file"
 
@@ -288,12 +292,12 @@ def test_a_damaged_folder_is_refused(tmp_path: Path, name: str, content: str) ->
     (tmp_path / name).write_text(content)
 
     with pytest.raises(ArtifactTampered):
-        Tokenizer.from_folder(tmp_path, manifest())
+        Tokenizer.from_folder(tmp_path, manifest(tmp_path))
 
 
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ArtifactTampered):
-        Tokenizer.from_folder(tmp_path, manifest())
+        Tokenizer.from_folder(tmp_path, manifest(tmp_path))
 
 
 def test_a_tokenizer_larger_than_the_model_is_refused() -> None:

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
@@ -12,8 +13,13 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from headrace.serving.domain.artifact import Decoder, Manifest, Precision, Verification
-from headrace.serving.engine.artifact_home import hold
-from headrace.serving.engine.loader import load_engine, read_manifest, verify_files
+from headrace.serving.engine.artifact_home import hold, nobody_uses
+from headrace.serving.engine.loader import (
+    load_engine,
+    read_manifest,
+    signed_manifest,
+    verify_files,
+)
 from headrace.serving.errors import ArtifactTampered, ArtifactUntrusted, ArtifactUnverified
 from headrace.serving.testing.signing import sign_artifact, trust_key
 
@@ -225,3 +231,43 @@ def test_loading_is_seen_by_whoever_wants_to_remove(
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         os.close(held)
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_a_manifest_that_is_replaced_while_it_is_opened_is_held_all_the_same(
+    artifact: Callable[..., Path],
+) -> None:
+    """`headrace models verify` replaces it; a replica that starts just then is not refused."""
+    folder = artifact()
+    path = folder / "manifest.json"
+    with path.open("r+b") as old, ThreadPoolExecutor(1) as pool:
+        fcntl.flock(old, fcntl.LOCK_EX)
+        holding = pool.submit(hold, folder)
+        (folder / "anew").write_bytes(path.read_bytes())
+        (folder / "anew").rename(path)
+        fcntl.flock(old, fcntl.LOCK_UN)
+        held = holding.result()
+
+    assert os.path.samestat(os.fstat(held), path.stat())
+    with nobody_uses(folder) as is_unused:
+        assert not is_unused
+    os.close(held)
+
+
+def test_two_signatures_stand_where_a_manifest_is_being_replaced(
+    artifact: Callable[..., Path],
+) -> None:
+    """One of them has to fit, and to be of a key that is trusted; three are none of ours."""
+    folder, stranger = artifact(), Ed25519PrivateKey.generate()
+    file = folder / "manifest.sig"
+    right = file.read_text()
+    sign_artifact(folder, stranger)
+    theirs = file.read_text()
+
+    file.write_text(theirs + right)
+    assert signed_manifest(folder).model == "m"
+    file.write_text(theirs + theirs)
+    with pytest.raises(ArtifactUntrusted):
+        signed_manifest(folder)
+    file.write_text(right * 3)
+    with pytest.raises(ArtifactTampered, match="3 lines"):
+        signed_manifest(folder)
