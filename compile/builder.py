@@ -223,7 +223,10 @@ def _open_for(
             threads=threads,
         )
 
+    rows = num_texts
+    if facts is not None:
+        rows = min(rows, max(profile.rows[2] for profile in facts.profiles))
     try:
-        return open_with(num_texts)
+        return open_with(rows)
     except DoesNotFit:
         return open_with(1)

@@ -31,9 +31,10 @@ from headrace.serving.domain.artifact import Decoder, Precision, Profile, Shardi
 _WIDE_BYTES = 4
 
 _NO_MIXTURE_LAYER = (
-    "SM90 has no MoE layer (IMoELayer needs SM 10.x/11.x): experts are expressed densely, as "
-    "batched products, in bf16."
+    "Experts are expressed densely, as batched products, in bf16: SM90 has no MoE layer (IMoELayer "
+    "needs SM 10.x/11.x)."
 )
+_STREAMED = "Weights may be streamed, so they are not counted among what must fit."
 _NO_CPU_MIXTURE = "The engines of cpu compute no mixture of experts: this is arithmetic only."
 _NO_WAN = (
     "Video models cannot be built yet: this is arithmetic only. Activations are one denoising "
@@ -117,6 +118,7 @@ def estimate_decoder(
         profiles = default_profiles(engine.rows_max, engine.chunk, cp=sharding.cp)
         cache_tokens = engine.cache_tokens(decoder)
         notes += [_NO_MIXTURE_LAYER] * bool(decoder.experts)
+        notes += [_STREAMED] * options.weight_streaming
     return Estimate(
         target=target,
         precision=precision,

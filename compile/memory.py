@@ -93,6 +93,10 @@ class Footprint(Protocol):
 
     def weight_bytes(self, part: Part) -> int: ...
 
+    def resident_bytes(self, part: Part) -> int:
+        """Of the weights, what must be on the device."""
+        ...
+
     def kv_bytes_per_token(self, part: Part) -> int: ...
 
     def activation_bytes(self, part: Part, sharding: Sharding) -> int: ...
@@ -133,6 +137,9 @@ class CpuFootprint:
 
     def weight_bytes(self, part: Part) -> int:
         return weight_bytes(held_shapes(part), self.precision)
+
+    def resident_bytes(self, part: Part) -> int:
+        return self.weight_bytes(part)
 
     def kv_bytes_per_token(self, part: Part) -> int:
         values = 2 * part.decoder.layers * part.kv_heads * part.decoder.head_dim
@@ -214,7 +221,7 @@ def fit(
 def _rank(part: Part, footprint: Footprint, sharding: Sharding, device_bytes: int) -> Rank:
     weights, kv = footprint.weight_bytes(part), footprint.kv_bytes_per_token(part)
     activations = footprint.activation_bytes(part, sharding)
-    left = int(device_bytes * USABLE_SHARE) - weights - activations
+    left = int(device_bytes * USABLE_SHARE) - footprint.resident_bytes(part) - activations
     return Rank(
         weight_bytes=weights,
         kv_bytes_per_token=kv,

@@ -30,6 +30,7 @@ from headrace.compile.storage import locked, require_room, staged
 from headrace.compile.store import Store, check_name
 from headrace.compile.targets import CPU, require_precision
 from headrace.compile.tensorrt.options import PlanOptions
+from headrace.compile.tensorrt.profiles import rounded_chunk
 from headrace.compile.tensorrt.targets import find_target
 from headrace.compile.tensors import Checkpoint, read_json, unreadable
 from headrace.compile.verify import TEXT_TOKENS_MAX
@@ -96,9 +97,11 @@ def plan(order: Order, *, home: Path) -> Estimate:
         InvalidRequest: it cannot be split so, or the target does not serve the precision.
     """
     require_precision(order.target, order.precision)
+    _require_options(order)
     if order.is_config_only:
         alone = open_config(order.source)
         if is_wan(alone.config):
+            _require_video(order)
             return estimate_wan(
                 read_wan(alone),
                 target=order.target,
@@ -139,6 +142,7 @@ def compile_model(order: Order, *, home: Path, progress: Progressing | None = No
     """
     started, progress, store = time.perf_counter(), progress or Silent(), Store(home)
     require_precision(order.target, order.precision)
+    _require_options(order)
     _require_weights(order)
     builder = _builder(order, home)
     if (entry := catalogued(order.source)) is not None:
@@ -186,13 +190,6 @@ def _builder(order: Order, home: Path) -> Builder:
                 why="The target cpu serves a model in one process.",
                 fix="Leave --tp, --pp and --cp out, or add --dry-run to see the arithmetic only.",
             )
-        if order.plans != PlanOptions():
-            raise InvalidRequest(
-                "Options of TensorRT plans were given for the target cpu.",
-                why="Its engines have no profiles, no flags of a builder and no calibration.",
-                fix="Leave them out, or name a TensorRT target.",
-                field="target",
-            )
         return CpuBuilder(order.precision, order.threads)
     # TensorRT's half is loaded where it is wanted.
     from headrace.compile.tensorrt.builder import TensorRtBuilder
@@ -208,6 +205,37 @@ def _builder(order: Order, home: Path) -> Builder:
     return builder
 
 
+def _require_options(order: Order) -> None:
+    """Refuse what would be ignored.
+
+    Raises:
+        InvalidRequest: an option that the target, or the precision, does not have.
+    """
+    options = order.plans
+    if order.target == CPU and options != PlanOptions():
+        raise InvalidRequest(
+            "Options of TensorRT plans were given for the target cpu.",
+            why="Its engines have no profiles, no flags of a builder and no calibration.",
+            fix="Leave them out, or name a TensorRT target.",
+            field="target",
+        )
+    if options.activations and order.precision is not Precision.FP8:
+        raise InvalidRequest(
+            f"Quantised activations were asked for in {order.precision}.",
+            why="Only fp8 has them.",
+            fix="Use --precision fp8, or leave --activations out.",
+            field="activations",
+        )
+    is_calibrated = order.precision is Precision.INT4 or options.activations
+    if options.calibration is not None and not is_calibrated:
+        raise InvalidRequest(
+            f"Texts to calibrate with were given for {order.precision}.",
+            why="Nothing is calibrated but int4, and fp8 with --activations.",
+            fix="Leave --calibration out, or add --activations to --precision fp8.",
+            field="calibration",
+        )
+
+
 def _bounded(model: Model, order: Order) -> Model:
     """The model with the context that was asked for, or the longest that the target serves.
 
@@ -216,8 +244,9 @@ def _bounded(model: Model, order: Order) -> Model:
     """
     most, why = model.decoder.context_tokens, "the model was made for"
     places = None if order.target == CPU else find_target(order.target).cache_tokens_max
-    if places is not None and places - order.plans.chunk < most:
-        most, why = places - order.plans.chunk, f"{order.target} has fused attention for"
+    padding = rounded_chunk(order.plans.chunk, order.sharding.cp)
+    if places is not None and places - padding < most:
+        most, why = places - padding, f"{order.target} has fused attention for"
     wanted = order.context_tokens or min(most, model.decoder.context_tokens)
     if not 0 < wanted <= most:
         raise InvalidRequest(
@@ -227,6 +256,21 @@ def _bounded(model: Model, order: Order) -> Model:
             field="context_tokens",
         )
     return replace(model, decoder=replace(model.decoder, context_tokens=wanted))
+
+
+def _require_video(order: Order) -> None:
+    """Refuse what only language models have.
+
+    Raises:
+        InvalidRequest: an option of theirs.
+    """
+    if order.plans != PlanOptions() or order.context_tokens is not None:
+        raise InvalidRequest(
+            f"Options of language models were given for {order.source}.",
+            why="A video model has no context, no decode rows and no calibration.",
+            fix="Leave them out.",
+            field="source",
+        )
 
 
 def _require_weights(order: Order) -> None:
@@ -349,4 +393,5 @@ def _verify(
 def prompts_for(tokenizer: Tokenizer, manifest: Manifest) -> Sequence[Sequence[int]]:
     """The texts that every engine is verified with, each of a length that its model takes."""
     longest = min(TEXT_TOKENS_MAX, manifest.decoder.context_tokens)
-    return [tokenizer.encode(text)[:longest] for text in TEXTS]
+    # A token has a byte at least, and a tokenizer refuses what is far beyond the context.
+    return [tokenizer.encode(text[: 8 * longest])[:longest] for text in TEXTS]

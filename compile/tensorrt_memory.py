@@ -22,7 +22,13 @@ from dataclasses import dataclass, replace
 
 from headrace.compile.families.rope import ROPE_TENSOR
 from headrace.compile.sharding import Part, held_shapes
-from headrace.compile.tensorrt.profiles import CHUNK, ROWS_MAX, default_profiles
+from headrace.compile.tensorrt.options import PlanOptions
+from headrace.compile.tensorrt.profiles import (
+    CHUNK,
+    ROWS_MAX,
+    default_profiles,
+    rounded_chunk,
+)
 from headrace.compile.tensorrt.weight_forms import form_bytes, is_quantised
 from headrace.serving.domain.artifact import Decoder, Precision, Profile, Sharding
 
@@ -39,8 +45,8 @@ TP_LAYER_BYTES = 300_000
 MIXTURE_LAYER_BYTES = 360_000
 """More for inputs in FP8, for the sums of tensor ranks, and for routing.
 
-What a plan has beside its constants: kernels. Fitted to some forty plans of TensorRT-RTX 1.7.1, of 2
-to 30 layers with 1 to 4 profiles (`headrace bench plans` measures two). TensorRT 11 has not been
+What a plan has beside its constants: kernels. Fitted to some forty plans of TensorRT-RTX 1.7.1, of
+2 to 30 layers with 1 to 4 profiles (`headrace bench plans` measures two). TensorRT 11 has not been
 measured.
 """
 
@@ -61,6 +67,21 @@ class TensorRtFootprint:
     chunk: int = CHUNK
     activations: bool = False
     """FP8 only: what meets the matrices is FP8 too."""
+    weight_streaming: bool = False
+    """Weights may stay in the machine's memory."""
+
+    @classmethod
+    def of(
+        cls, precision: Precision, options: PlanOptions, sharding: Sharding
+    ) -> "TensorRtFootprint":
+        """Of a build with these options; context ranks share a chunk evenly."""
+        return cls(
+            precision,
+            options.rows_max,
+            rounded_chunk(options.chunk, sharding.cp),
+            options.activations,
+            options.weight_streaming,
+        )
 
     @property
     def narrower(self) -> Sequence["TensorRtFootprint"]:
@@ -94,6 +115,10 @@ class TensorRtFootprint:
             for name, shape in held_shapes(part).items()
             if name != ROPE_TENSOR
         )
+
+    def resident_bytes(self, part: Part) -> int:
+        """None where they may be streamed: the budget is given at load."""
+        return 0 if self.weight_streaming else self.weight_bytes(part)
 
     def _tensor_bytes(self, name: str, shape: tuple[int, ...]) -> int:
         if ".experts." not in name and is_quantised(name):

@@ -7,12 +7,13 @@ standard error, which is the build log. It dies with its parent.
 
 import ctypes
 import json
+import os
 import signal
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from headrace.compile.checkpoint import open_checkpoint
 from headrace.compile.families.base import Weights
@@ -31,10 +32,14 @@ _PR_SET_PDEATHSIG = 1
 def main() -> int:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
     order = json.load(sys.stdin)
+    # What anything else prints, here or in a library's own code, belongs to the log.
+    told = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
     try:
-        _say("built", **_build(order))
+        _say(told, "built", **_build(order, told))
     except ServingError as error:
         _say(
+            told,
             "refused",
             kind=type(error).__name__,
             what=error.what,
@@ -45,7 +50,7 @@ def main() -> int:
     return 0
 
 
-def _build(order: Mapping[str, Any]) -> dict[str, Any]:
+def _build(order: Mapping[str, Any], told: TextIO) -> dict[str, Any]:
     checkpoint = open_checkpoint(Path(order["checkpoint"]))
     model = describe(checkpoint)
     sharding = Sharding(**order["sharding"])
@@ -69,7 +74,7 @@ def _build(order: Mapping[str, Any]) -> dict[str, Any]:
         ),
         folder=Path(order["folder"]),
         log=sys.stderr,
-        advance=lambda phase, step, steps: _say("phase", phase=phase, step=step, steps=steps),
+        advance=lambda phase, step, steps: _say(told, "phase", phase=phase, step=step, steps=steps),
     )
     return asdict(built)
 
@@ -78,8 +83,9 @@ def _profile(told: Mapping[str, Any]) -> Profile:
     return Profile(name=told["name"], rows=tuple(told["rows"]), tokens=tuple(told["tokens"]))
 
 
-def _say(event: str, **fields: Any) -> None:
-    print(json.dumps({"event": event, **fields}), flush=True)  # noqa: T201 (its protocol)
+def _say(told: TextIO, event: str, **fields: Any) -> None:
+    told.write(json.dumps({"event": event, **fields}) + "\n")
+    told.flush()
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from headrace.compile.tensorrt.linear_forms import INPUTS_FILE, Calibrated, held
 from headrace.compile.tensorrt.network import Network
 from headrace.compile.tensorrt.options import PlanOptions
 from headrace.compile.tensorrt.profiles import default_profiles
-from headrace.compile.tensorrt.targets import Target, find_target
+from headrace.compile.tensorrt.targets import RTX_TARGET, Target, find_target
 from headrace.compile.tensorrt_memory import TensorRtFootprint
 from headrace.compile.tensors import Array, Checkpoint
 from headrace.serving.domain.artifact import (
@@ -47,15 +47,21 @@ from headrace.serving.domain.artifact import (
     Verification,
 )
 from headrace.serving.engine.cuda_device import capability_here, device_here
-from headrace.serving.errors import ArtifactTampered, InvalidRequest, UnsupportedModel
+from headrace.serving.errors import ArtifactTampered, UnsupportedModel
 from headrace.serving.tokenizer import TOKENIZER_FILE, Tokenizer
 
 _CODE = (
+    "headrace.compile.calibration",
+    "headrace.compile.input_facts",
+    "headrace.compile.safetensors_checkpoint",
     "headrace.compile.sharding",
+    "headrace.serving.engine.plan_io",
     *(
         f"headrace.compile.tensorrt.{name}"
         for name in (
+            "builder",
             "decoder_network",
+            "inspection",
             "linear_forms",
             "network",
             "rank_build",
@@ -66,7 +72,7 @@ _CODE = (
     ),
     *FAMILY_CODE,
 )
-"""Modules that decide what a network is."""
+"""Modules that decide what an artifact holds."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,27 +87,40 @@ class TensorRtBuilder:
 
     @property
     def footprint(self) -> Footprint:
-        options = self.options
-        return TensorRtFootprint(
-            self.precision, options.rows_max, options.chunk, options.activations
-        )
+        return self._footprint
+
+    @property
+    def _footprint(self) -> TensorRtFootprint:
+        return TensorRtFootprint.of(self.precision, self.options, self.sharding)
 
     def require_library(self) -> None:
-        """Refuse where the target's library is not here, before anything else is done.
+        """Refuse where the target cannot be built here, before anything else is done.
 
         Raises:
-            UnsupportedModel: that, and how to install it.
+            UnsupportedModel: the library is missing, or builds for another device than the target.
         """
         open_library(self._target.library)
+        if self._target.library != TENSORRT:
+            return
+        # TensorRT builds for the device it runs on, whatever it is told.
+        found, wanted = capability_here(), self._target.compute_capabilities
+        if found not in wanted:
+            here = f"compute capability {found}" if found else "no GPU that answers"
+            raise UnsupportedModel(
+                f"The target {self.target} cannot be built here.",
+                why=f"TensorRT builds for the GPU it runs on; here is {here}, and the target needs "
+                f"{', '.join(wanted)}.",
+                fix=f"Build on such a machine, choose --target {RTX_TARGET}, or add --dry-run.",
+            )
 
     def require(self, model: Model) -> None:
         parts(model.decoder, self.sharding)
-        if self.options.activations and self.precision is not Precision.FP8:
-            raise InvalidRequest(
-                f"Quantised activations were asked for in {self.precision}.",
-                why="Only fp8 has them.",
-                fix="Use --precision fp8, or leave --activations out.",
-                field="activations",
+        if self.options.refit and self._target.library != TENSORRT:
+            raise UnsupportedModel(
+                f"Plans for {self.target} cannot be refitted.",
+                why="TensorRT-RTX 1.7.1 makes such plans for one compute capability only, and only "
+                "where a GPU answers.",
+                fix="Leave --refit out.",
             )
         if self.options.activations and model.decoder.experts:
             raise UnsupportedModel(
@@ -177,6 +196,7 @@ class TensorRtBuilder:
                 ranks=tuple(built.ranks),
                 flags=self.options.flags,
                 calibration="" if found is None else found.scales.set_digest,
+                device=device_here() if self._target.library == TENSORRT else "",
             ),
         )
 
@@ -225,7 +245,7 @@ class TensorRtBuilder:
 
     def _cache_tokens(self, model: Model) -> int:
         """The longest sequence and one chunk of padding; see `serving/engine/plan_io.py`."""
-        return model.decoder.context_tokens + self.options.chunk
+        return self._footprint.cache_tokens(model.decoder)
 
     def _can_run(self) -> bool:
         """Whether a device answers that the plans are for; one process verifies one rank."""

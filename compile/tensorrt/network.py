@@ -6,6 +6,7 @@ answer None and go on.
 """
 
 import json
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -57,6 +58,27 @@ class Network:
         layer = self._made(self.definition.add_constant(stored.shape, weights), name)
         layer.name = name
         return layer.get_output(0)
+
+    def mark_refittable(self) -> None:
+        """Allow the model's weights to be replaced in the built plan, under their layers' names.
+
+        Not sizes and tables: what computes a shape may not change.
+
+        Raises:
+            UnsupportedModel: the library does not know one of them.
+        """
+        held = [self.dtype(name) for name in ("bf16", "fp8", "int4")]
+        for index in range(self.definition.num_layers):
+            layer = self.definition.get_layer(index)
+            if layer.type != self.trt.LayerType.CONSTANT:
+                continue
+            made = layer.get_output(0)
+            if made.dtype not in held and not layer.name.endswith(".scale"):
+                continue
+            values, count = self.constants[layer.name], math.prod(made.shape)
+            weights = self.trt.Weights(made.dtype, values.ctypes.data, count)
+            named = self.definition.set_weights_name(weights, layer.name)
+            self._made(named and self.definition.mark_weights_refittable(layer.name), layer.name)
 
     def dtype(self, name: str) -> Any:
         kinds = {
@@ -260,7 +282,7 @@ class Network:
         return layer.get_output(0)
 
     def _made(self, made: Any, name: str) -> Any:
-        if made is None:
+        if made is None or made is False:
             raise UnsupportedModel(
                 f"TensorRT refused the layer {name!r}.",
                 why="Its build log says what it did not accept.",

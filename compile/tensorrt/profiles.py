@@ -21,7 +21,7 @@ def default_profiles(
     Under context parallelism the tokens of a step are dealt out evenly: the least and the most of
     each profile are rounded up to multiples of `cp`, and none is for one token a rank.
     """
-    chunk = _up(chunk, cp)
+    chunk = rounded_chunk(chunk, cp)
     profiles = [Profile(name="prefill", rows=(1, 1, 1), tokens=(_up(1, cp), chunk, chunk))]
     least, most = 2 * cp, _up(max(rows_max, 2 * cp), cp)
     edges = {_up(max(least, min(bucket, most)), cp) for bucket in _BUCKETS} | {most}
@@ -31,6 +31,11 @@ def default_profiles(
         profiles.append(Profile(name=f"decode_{rows}", rows=(fewest, rows, rows), tokens=(1, 1, 1)))
         before = rows
     return tuple(profiles)
+
+
+def rounded_chunk(chunk: int, cp: int) -> int:
+    """A chunk that `cp` ranks share evenly."""
+    return _up(chunk, cp)
 
 
 def _up(number: int, multiple: int) -> int:

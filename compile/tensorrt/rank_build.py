@@ -94,6 +94,8 @@ def build_rank(
     strongly_typed = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
     net = Network(trt, builder.create_network(strongly_typed))
     write_decoder(net, order.plan, held.tensors, held.products)
+    if "refit" in order.flags:
+        net.mark_refittable()
     found = inspect(net)
     config = _configured(trt, builder, order, advance)
     for profile in order.profiles:

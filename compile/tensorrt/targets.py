@@ -7,6 +7,9 @@ from types import MappingProxyType
 from headrace.serving.domain.artifact import Precision
 from headrace.serving.errors import UnsupportedModel
 
+RTX_TARGET = "rtx"
+"""The one that needs no GPU to be built."""
+
 RTX_DEVICE_BYTES = 24 * 10**9
 """What a memory plan for `rtx` assumes where nobody says: the portable plan is for many cards, and
 24 GB is what the larger GeForce and small workstation ones have."""
@@ -50,7 +53,7 @@ class Target:
 
 _TARGETS = (
     Target(
-        name="rtx",
+        name=RTX_TARGET,
         library="tensorrt_rtx",
         # What the library builds where no capability is set: one portable plan.
         compute_capabilities=("8.0", "8.6", "8.9", "12.0"),

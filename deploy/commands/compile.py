@@ -16,7 +16,7 @@ from headrace.compile.targets import TARGETS, default_precision
 from headrace.compile.tensorrt.options import PlanOptions
 from headrace.deploy.amounts import parse_bytes
 from headrace.serving.config import Config, cores
-from headrace.serving.domain.artifact import Precision, Profile, Sharding
+from headrace.serving.domain.artifact import Precision, Profile, Sharding, VerifyMethod
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -223,6 +223,11 @@ def _show(built: Built) -> None:
         f"{checked.top1_agreement:.1%}, perplexity {checked.perplexity:.2f} "
         f"({checked.perplexity_delta:+.2%}), largest logit error {checked.max_abs_error:.2g}"
     )
+    if checked.method is VerifyMethod.NETWORK:
+        print(
+            "Only its network was computed, on the CPU: no GPU has run the plan. Run `headrace "
+            "models verify` where one is; until then serving wants --allow-unverified."
+        )
 
 
 def _as_json(built: Built) -> dict[str, object]:

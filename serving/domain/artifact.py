@@ -160,6 +160,9 @@ class TensorRt:
     """Of the library; a plan is read by this version alone."""
     compute_capabilities: tuple[str, ...]
     """For example ("9.0",); of the devices that the plan was made for."""
+    device: str = ""
+    """The card that built it, which must be the card that runs it; empty where any of the compute
+    capabilities does. TensorRT's plans are for one model of GPU."""
     cache_tokens: int
     """Places of each row's linear KV cache; the longest sequence and one chunk of padding."""
     profiles: tuple[Profile, ...]

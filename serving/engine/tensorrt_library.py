@@ -111,6 +111,12 @@ def require_capability(facts: TensorRt, device: Device) -> None:
             why="A plan holds kernels compiled for the devices named at its build.",
             fix="Serve it on such a device, or compile the model for this one with `--target`.",
         )
+    if facts.device and device.name != facts.device:
+        raise DeviceUnsuitable(
+            f"The plan was built on a {facts.device}; here is a {device.name}.",
+            why="A plan of TensorRT is for the model of GPU that built it.",
+            fix="Compile the model again on this machine.",
+        )
 
 
 @lru_cache(maxsize=len(LIBRARIES))

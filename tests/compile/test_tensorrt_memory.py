@@ -67,7 +67,7 @@ def test_bf16_is_two_bytes_a_parameter_and_the_rope_tables() -> None:
 
     assert rank.weight_bytes == 2 * 8_190_735_360 + TABLES_8B
     assert rank.kv_bytes_per_token == 2 * 36 * 8 * 128 * 2
-    # A chunk of 512: keys and values of 41,472 places for 32 heads of 128, and 13,312 values a token.
+    # A chunk of 512: keys and values of 41,472 places for 32 heads, and 13,312 values a token.
     assert rank.activation_bytes == 2 * 2 * 41_472 * 32 * 128 + 2 * 512 * 13_312
 
 
@@ -160,7 +160,8 @@ def test_the_fullest_stage_decides_how_many_tokens_a_replica_keeps() -> None:
 
 def test_one_row_of_the_longest_sequence_must_fit() -> None:
     """The cache of a row is linear: 41,472 places of 147,456 bytes are 6.1 GB at once."""
-    used = 2 * 8_190_735_360 + TABLES_8B + 512 * 139_264 + 151_936 * 6 + 41_472 * 147_456
+    step = 2 * 2 * 41_472 * 32 * 128 + 2 * 512 * 13_312
+    used = 2 * 8_190_735_360 + TABLES_8B + step + 41_472 * 147_456
 
     assert fit(QWEN3_8B, BF16, device_bytes=math.ceil(used / 0.9) + 1).fits
     assert not fit(QWEN3_8B, BF16, device_bytes=math.floor(used / 0.9) - 1_000).fits
@@ -187,7 +188,7 @@ def test_profiles_deal_tokens_out_evenly_to_context_ranks() -> None:
     prefill, *decode = default_profiles(30, 500, cp=8)
 
     assert prefill.tokens == (8, 504, 504)
-    assert [each.rows for each in decode] == [(8, 8, 8), (16, 32, 32)]
+    assert [each.rows for each in decode] == [(8, 16, 16), (24, 32, 32)]
 
 
 def test_fp8_needs_ada_or_later() -> None:

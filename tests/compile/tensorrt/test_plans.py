@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
@@ -23,6 +24,7 @@ from headrace.compile.progress import Silent
 from headrace.compile.sharding import parts
 from headrace.compile.tensorrt import build
 from headrace.compile.tensorrt.build import BuildOrder, BuiltPlans, build_plans
+from headrace.compile.tensorrt.builder import open_network
 from headrace.compile.tensorrt.options import PlanOptions
 from headrace.compile.tensorrt.profiles import default_profiles
 from headrace.compile.tensorrt_memory import TensorRtFootprint
@@ -129,7 +131,7 @@ def test_four_ranks_are_built_verified_and_not_served(checkpoint: Path, tmp_path
         (Precision.FP8, {}, "DEQUANTIZE", 0.2),
         (Precision.FP8, {"activations": True}, "QUANTIZE", 0.3),
         (Precision.INT4, {}, "DEQUANTIZE", 0.85),
-        (Precision.BF16, {"weight_streaming": True, "refit": True}, "ATTENTION_OUTPUT", 0.05),
+        (Precision.BF16, {"weight_streaming": True}, "ATTENTION_OUTPUT", 0.05),
     ],
     ids=["fp8", "fp8 inputs", "int4", "streamed"],
 )
@@ -279,6 +281,20 @@ def test_a_profile_that_tensorrt_leaves_out_ends_the_build(
         built(replace(wanted, profiles=(*wanted.profiles, impossible)), tmp_path)
 
     assert not (tmp_path / "rank-0.plan").exists()
+
+
+def test_refitting_is_refused_where_the_library_cannot(checkpoint: Path, tmp_path: Path) -> None:
+    """TensorRT 11 can, on a GPU: there every weight is marked, and no size."""
+    with pytest.raises(UnsupportedModel, match="cannot be refitted"):
+        compiled(checkpoint, tmp_path, plans=PlanOptions(rows_max=8, chunk=64, refit=True))
+
+    net = open_network("tensorrt_rtx")
+    bits = np.zeros((2, 64), np.uint16)
+    net.constant("weights", bits, "bf16")
+    net.constant("sizes", np.array([2, 64], np.int64))
+    net.mark_refittable()
+    assert net.definition.are_weights_marked_refittable("weights")
+    assert not net.definition.are_weights_marked_refittable("sizes")
 
 
 def test_attention_that_no_kernel_serves_is_refused_in_tensorrts_words(
