@@ -31,8 +31,9 @@ def add_verbs(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
     fetch = verbs.add_parser(
         "fetch",
         help="bring an artifact from a store, and make it current",
-        description="The newest version there, unless one is named. Who signed it must be trusted "
-        "here: `headrace models trust add`. A fetch that was cut off goes on when it is run again.",
+        description="The newest version there, unless one is named. Who built it and who pushed "
+        "it must be trusted here: `headrace models trust add`. A fetch that was cut off goes on when "
+        "it is run again.",
     )
     for parser, run in ((push, run_push), (fetch, run_fetch)):
         parser.add_argument("model", metavar="MODEL[@VERSION]")

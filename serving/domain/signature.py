@@ -1,29 +1,37 @@
-"""The detached signature of a manifest, as a file: who signed, and what exactly is signed."""
+"""A detached signature, as text: who signed, and what exactly is signed."""
 
 import json
 from base64 import b64decode, b64encode
 from binascii import Error as NotBase64
 from dataclasses import dataclass
+from enum import StrEnum
 from hashlib import sha256
 
 SIGNATURE_FILE = "manifest.sig"
 SIGNATURE_BYTES_MAX = 4096
 """Two short fields."""
 
-_PURPOSE = b"headrace artifact manifest\n"
-"""Stands before what is signed, so that a signature made for something else never fits here."""
+
+class Purpose(StrEnum):
+    """Stands before what is signed, so that a signature made for one thing never fits another."""
+
+    MANIFEST = "headrace artifact manifest"
+    DESCRIPTOR = "headrace store descriptor"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Signature:
-    """An Ed25519 signature (RFC 8032) of one manifest."""
+    """An Ed25519 signature (RFC 8032) of one content for one purpose."""
 
     key_id: str
     value: bytes
 
+    def fields(self) -> dict[str, str]:
+        """As JSON holds it."""
+        return {"key_id": self.key_id, "signature": b64encode(self.value).decode()}
+
     def to_json(self) -> str:
-        fields = {"key_id": self.key_id, "signature": b64encode(self.value).decode()}
-        return json.dumps(fields, sort_keys=True) + "\n"
+        return json.dumps(self.fields(), sort_keys=True) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> "Signature":
@@ -32,7 +40,15 @@ class Signature:
         Raises:
             ValueError: it is not the text of a signature.
         """
-        raw = json.loads(text)
+        return cls.from_fields(json.loads(text))
+
+    @classmethod
+    def from_fields(cls, raw: object) -> "Signature":
+        """Read what `fields` answers, strictly.
+
+        Raises:
+            ValueError: it is something else.
+        """
         if not isinstance(raw, dict) or raw.keys() != {"key_id", "signature"}:
             raise ValueError("it does not hold a key_id and a signature")
         key_id, value = raw["key_id"], raw["signature"]
@@ -44,9 +60,9 @@ class Signature:
             raise ValueError(f"signature is not base64: {error}") from error
 
 
-def signed_bytes(manifest: bytes) -> bytes:
-    """What is signed: a manifest's exact bytes, under their purpose."""
-    return _PURPOSE + manifest
+def signed_bytes(content: bytes, purpose: Purpose = Purpose.MANIFEST) -> bytes:
+    """What is signed: the exact bytes, under their purpose."""
+    return f"{purpose}\n".encode() + content
 
 
 def key_id(public: bytes) -> str:

@@ -1,4 +1,4 @@
-"""Verifies who signed a manifest. Signing is compile's; no private key is ever read here."""
+"""Verifies who signed. Signing is compile's; no private key is ever read here."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +10,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_public_key
 from headrace.serving.domain.signature import (
     SIGNATURE_BYTES_MAX,
     SIGNATURE_FILE,
+    Purpose,
     Signature,
     key_id,
     signed_bytes,
@@ -69,21 +70,44 @@ def verify_signature(folder: Path, manifest: bytes, trusted: Mapping[str, Ed2551
         ArtifactUntrusted: whoever signed is not trusted here.
     """
     signature = _signature(folder)
+    if not is_signed(manifest, signature, trusted, Purpose.MANIFEST, what=f"artifact {folder}"):
+        raise _unsigned(folder, f"The signature of {signature.key_id} does not fit its manifest.")
+    return signature.key_id
+
+
+def is_signed(
+    content: bytes,
+    signature: Signature,
+    trusted: Mapping[str, Ed25519PublicKey],
+    purpose: Purpose,
+    *,
+    what: str,
+) -> bool:
+    """Whether the signature fits these bytes.
+
+    Args:
+        content: the exact bytes.
+        signature: that is said to be of them.
+        trusted: keys by their ids.
+        purpose: that it was made for.
+        what: they are, for messages.
+
+    Raises:
+        ArtifactUntrusted: whoever signed is not trusted here.
+    """
     key = trusted.get(signature.key_id)
     if key is None:
         raise ArtifactUntrusted(
-            f"The artifact {folder} was signed with the key {signature.key_id[:32]!r}.",
+            f"The {what} was signed with the key {signature.key_id[:32]!r}.",
             why=f"This home trusts {', '.join(sorted(trusted)) or 'no key at all'}.",
             fix="If it comes from a home of yours, get that home's key with `headrace models key` "
             "there and trust it here with `headrace models trust add FILE`.",
         )
     try:
-        key.verify(signature.value, signed_bytes(manifest))
-    except InvalidSignature as error:
-        raise _unsigned(
-            folder, f"The signature of {signature.key_id} does not fit its manifest."
-        ) from error
-    return signature.key_id
+        key.verify(signature.value, signed_bytes(content, purpose))
+    except InvalidSignature:
+        return False
+    return True
 
 
 def _signature(folder: Path) -> Signature:

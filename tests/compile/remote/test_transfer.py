@@ -136,7 +136,10 @@ def test_a_part_that_is_gone_is_said_to_be(world: World) -> None:
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        ('"descriptor_version": 1', '"descriptor_version": 2'),
+        ('"descriptor_version": 2', '"descriptor_version": 1'),
+        ('"version": 1', '"version": "1"'),
+        ('"descriptor": {', '"statement": {'),
+        ('"key_id"', '"signer"'),
         ('"weights"', '"../../weights"'),
         ('"weights"', '".weights"'),
         ('"weights"', '"tokenizer"'),
@@ -145,15 +148,11 @@ def test_a_part_that_is_gone_is_said_to_be(world: World) -> None:
         ('"pushed_at"', '"pushed_by"'),
         ('"files": [', '"files": ' + "[" * 5000),
         ('"artifact_id": "a', '"artifact_id": "/'),
-        ('"artifact_id": "a', '"artifact_id": "b'),
-        ('"name": "empty"', '"name": "hollow"'),
-        ('"name": "manifest.sig"', '"name": "manifest.asc"'),
     ],
 )
 def test_a_damaged_descriptor_brings_nothing(old: str, new: str, world: World) -> None:
-    """Nothing but the signature is believed; a descriptor only says where to look."""
     world.push()
-    path = world.folder / "models" / "m" / "000001.json"
+    path = world.descriptor()
     text = path.read_text()
     assert old in text
     path.write_text(text.replace(old, new))
@@ -164,12 +163,38 @@ def test_a_damaged_descriptor_brings_nothing(old: str, new: str, world: World) -
     assert list(world.ours.store.artifacts.glob("*")) == []
 
 
-def test_files_that_changed_places_on_the_store_are_refused(world: World) -> None:
-    """All parts are right, and so is the signature; only that the files are not what was signed."""
+@pytest.mark.parametrize(
+    ("old", "new", "refused"),
+    [
+        ('"artifact_id": "a', '"artifact_id": "b', "manifest is that of aaaa"),
+        ('"variant": "cpu/int8"', '"variant": "cpu/fp32"', "says that it is cpu/int8"),
+        ('"name": "empty"', '"name": "hollow"', "others than those in the manifest"),
+        ('"name": "manifest.sig"', '"name": "manifest.asc"', r"no manifest\.sig"),
+    ],
+)
+def test_a_descriptor_that_is_signed_and_wrong_brings_nothing(
+    old: str, new: str, refused: str, world: World
+) -> None:
+    """Two signatures, of descriptor and manifest, must say the same."""
     world.push()
-    path = world.folder / "models" / "m" / "000001.json"
+    path = world.descriptor()
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+    world.sign(path)
+
+    with pytest.raises(ArtifactTampered, match=refused):
+        world.fetch()
+    assert world.arrived() == []
+
+
+def test_files_that_changed_places_on_the_store_are_refused(world: World) -> None:
+    """All parts are right, and so are the signatures; only that the files are in wrong places."""
+    world.push()
+    path = world.descriptor()
     text = path.read_text().replace('"name": "weights"', '"name": "x"')
     path.write_text(text.replace('"tokenizer"', '"weights"').replace('"x"', '"tokenizer"'))
+    world.sign(path)
 
     with pytest.raises(ArtifactTampered, match="SHA-256"):
         world.fetch()
