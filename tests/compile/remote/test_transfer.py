@@ -1,5 +1,6 @@
 """What one home pushes another fetches, exactly, whatever fails in between."""
 
+import json
 import threading
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from headrace.compile.names_index import Cause
 from headrace.compile.remote.parallel import PARTS_AT_ONCE
 from headrace.compile.remote.patience import PAUSES_S
 from headrace.compile.signing import distrust, signing_key
+from headrace.deploy.cli import main
+from headrace.serving.domain.artifact import Precision
 from headrace.serving.errors import (
     ArtifactTampered,
     ArtifactUntrusted,
@@ -17,6 +20,7 @@ from headrace.serving.errors import (
     RemoteStoreFault,
 )
 from tests.compile.remote.conftest import WEIGHTS, World
+from tests.compile.shelf import Shelf, manifest, split
 
 
 def test_an_artifact_goes_from_home_to_home(world: World) -> None:
@@ -38,6 +42,23 @@ def test_pushing_and_fetching_twice_moves_nothing(world: World) -> None:
     assert (again.version, again.is_new, again.sent_bytes) == (1, False, 0)
     assert not world.fetch().is_new
     assert len(world.ours.versions("m")) == 1
+
+
+def test_the_only_variant_there_is_is_pushed_and_of_several_one_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shelf, order = Shelf(tmp_path / "home"), ["models", "push", "m", f"file://{tmp_path}/store"]
+    order += ["--home", str(shelf.home), "--json"]
+    shelf.put_manifest(split(manifest("m", Precision.BF16, "b"), tp=2))
+
+    assert main(order) == 0
+    assert json.loads(capsys.readouterr().out)["artifact_id"] == "b" * 64
+
+    shelf.put_manifest(split(manifest("m", Precision.BF16, "c"), tp=4))
+    assert main(order) == 3
+    assert "rtx/bf16/tp2, rtx/bf16/tp4" in capsys.readouterr().err
+    assert main([*order, "--variant", "rtx/bf16/tp4"]) == 0
+    assert json.loads(capsys.readouterr().out)["artifact_id"] == "c" * 64
 
 
 def test_a_version_that_differs_in_a_little_sends_a_little(world: World) -> None:
