@@ -6,7 +6,7 @@
 Whoever can write `trust/` decides what this home serves.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,13 @@ from cryptography.hazmat.primitives.serialization import (
 
 from headrace.compile.storage import locked, write_atomically
 from headrace.serving.domain.artifact import MANIFEST_FILE
-from headrace.serving.domain.signature import SIGNATURE_FILE, Signature, key_id, signed_bytes
+from headrace.serving.domain.signature import (
+    SIGNATURE_FILE,
+    Purpose,
+    Signature,
+    key_id,
+    signed_bytes,
+)
 from headrace.serving.engine.signature import (
     KEY_BYTES_MAX,
     parse_public_key,
@@ -29,6 +35,9 @@ from headrace.serving.engine.signature import (
     trusted_keys,
 )
 from headrace.serving.errors import ArtifactUntrusted, InvalidRequest, KeyNotFound
+
+Keys = Mapping[str, Ed25519PublicKey]
+"""Public keys by their ids."""
 
 
 class SigningKey:
@@ -48,14 +57,15 @@ class SigningKey:
     def __repr__(self) -> str:
         return f"SigningKey({self.key_id})"
 
-    def signature_of(self, manifest: bytes) -> Signature:
-        """The signature of a manifest's exact bytes."""
-        return Signature(key_id=self.key_id, value=self._private.sign(signed_bytes(manifest)))
-
     def sign(self, folder: Path) -> None:
         """Write the signature of a folder's manifest beside it, replacing one that is there."""
-        signature = self.signature_of((folder / MANIFEST_FILE).read_bytes())
+        signature = self.signature((folder / MANIFEST_FILE).read_bytes(), Purpose.MANIFEST)
         (folder / SIGNATURE_FILE).write_text(signature.to_json(), "utf-8")
+
+    def signature(self, content: bytes, purpose: Purpose) -> Signature:
+        """Of these exact bytes, for this purpose only."""
+        value = self._private.sign(signed_bytes(content, purpose))
+        return Signature(key_id=self.key_id, value=value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,8 +109,17 @@ def trusted(home: Path) -> Sequence[Trusted]:
         ArtifactUntrusted: a file among them is no key.
     """
     own = signing_key(home).key_id if _own(home).exists() else None
-    keys = trusted_keys(home / "trust")
+    keys = keys_of(home)
     return [Trusted(name, name == own, _pem(key)) for name, key in sorted(keys.items())]
+
+
+def keys_of(home: Path) -> Keys:
+    """The keys that the home trusts, as signatures are verified with them.
+
+    Raises:
+        ArtifactUntrusted: a file among them is no key.
+    """
+    return trusted_keys(home / "trust")
 
 
 def trust(home: Path, pem: bytes, *, where: str) -> str:

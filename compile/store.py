@@ -192,6 +192,18 @@ class Store:
             fix=f"Build it: `headrace compile {model} {_options(variant, precision)}`.",
         )
 
+    def variant_of(self, model: str) -> str | None:
+        """Which build a command means that names none; None where the model has none at all.
+
+        Raises:
+            InvalidRequest: it has several, and none of `PREFERRED`.
+        """
+        index = self.index(model)
+        if not index.variants:
+            return None
+        preferred = next((each for each in PREFERRED if each in index.variants), None)
+        return preferred or self._only_variant(model, index)
+
     def configured(self, model: ModelConfig) -> Path:
         """What a served model means: the version that is pinned, else the current one.
 

@@ -19,7 +19,7 @@ from headrace.compile.storage import locked, write_atomically
 from headrace.compile.store import Store
 from headrace.compile.tensors import Checkpoint
 from headrace.serving.domain.artifact import MANIFEST_FILE, Manifest, Verification
-from headrace.serving.domain.signature import SIGNATURE_FILE
+from headrace.serving.domain.signature import SIGNATURE_FILE, Purpose
 from headrace.serving.engine.artifact_home import nobody_uses, trust_folder
 from headrace.serving.engine.cuda_device import capability_here, device_here
 from headrace.serving.engine.loader import signed_manifest, verify_files
@@ -185,7 +185,7 @@ def _restate(folder: Path, stated: Manifest, key: SigningKey) -> None:
             leaving.unlink()
         text, before = stated.to_json(), (folder / MANIFEST_FILE).read_bytes()
         fitting = verify_signature(folder, before, trusted_keys(trust_folder(folder)))
-        signatures = (key.signature_of(text.encode()), fitting)
+        signatures = (key.signature(text.encode(), Purpose.MANIFEST), fitting)
         write_atomically(folder / SIGNATURE_FILE, "".join(each.to_json() for each in signatures))
         write_atomically(folder / MANIFEST_FILE, text)
 

@@ -24,7 +24,8 @@ class EnginePlan:
     rows_max: int
     batch_tokens_max: int
     prefill_tokens_max: int
-    kv_tokens: int
+    kv_tokens: int | None
+    """None: what suits the artifact, which the replica reads from its manifest."""
     waiting_max: int
     threads: int
     allow_unverified: bool = False

@@ -55,9 +55,9 @@ class ModelConfig:
     already streaming. Measured on two Zen 5 cores with the demo model in int4, 32 streams: at 32,
     64, 128 and 256 the ITL p99 is 30, 40, 46 and 73 ms, the TTFT p99 2.9, 2.2, 1.3 and 1.2 s, the
     rate 1,096, 1,178, 1,335 and 1,395 tokens/s. Nothing decoding, a step takes batch_tokens_max."""
-    kv_tokens: int = bounded(16_384, 256, 1 << 30)
-    """Tokens the KV cache holds over all sequences: 32 rows of 512, and what is left over keeps
-    prefixes. At 135 M parameters 0.38 GB in bf16 (int8 and int4 engines), 0.75 GB in fp32."""
+    kv_tokens: int | None = bounded(None, 256, 1 << 30)
+    """Tokens the KV cache holds over all sequences. Unset: 16,384 for the target cpu, and for a
+    TensorRT build, whose cache is linear, the longest sequence for each of `rows_max` rows."""
     waiting_max: int = bounded(256, 0, 65_536)
     """Sequences that may wait for a row: eight full batches. Beyond it waiting is hopeless and the
     caller is told at once."""

@@ -12,6 +12,8 @@ from headrace.compile.progress import Progressing
 from headrace.compile.remote.descriptor import Descriptor, Part, RemoteFile, find
 from headrace.compile.remote.parallel import Transfer, transfer_all
 from headrace.compile.remote.patience import Remote
+from headrace.compile.remote.seen import remember, require_no_older
+from headrace.compile.signing import keys_of
 from headrace.compile.storage import locked, publish, refusing_when_full, require_room
 from headrace.compile.store import Store, check_name
 from headrace.serving.domain.artifact import MANIFEST_FILE, Manifest
@@ -45,40 +47,47 @@ def fetch(
 ) -> Fetched:
     """Bring a version here and make it current of its variant. Idempotent.
 
-    The signature is verified before the large files are asked for, every part before it is
-    written, every file before the folder appears. A try that was killed leaves a hidden folder,
+    Nothing is believed of a descriptor that no trusted key signed. Then the manifest's signature is
+    verified before the large files are asked for, every part before it is written, every file
+    before the folder appears. A try that was killed leaves a hidden folder,
     whose right parts the next one keeps.
 
     Args:
         store: of this home.
         remote: where from.
         model: what it is called there, and here.
-        number: of the version there; None takes the newest.
+        number: of the version there; None takes the newest, unless this home has seen a newer one.
         variant: the newest of this one.
         progress: told of every part.
 
     Raises:
         ModelNotFound: there is no such version.
-        ArtifactTampered: a descriptor, a part, a file or the signature does not fit.
-        ArtifactUntrusted: it was signed with a key that is not trusted here.
+        ArtifactTampered: a descriptor, a part, a file or a signature does not fit, or what is there
+            is older than what was there.
+        ArtifactUntrusted: descriptor or manifest was signed with a key that is not trusted here.
         RemoteStoreFault: the store does not answer.
         StorageFull: the disk has no room.
     """
     progress.stage(f"look for {model} at {remote.url}")
-    remote_version, descriptor = find(remote, check_name(model), number, variant)
+    descriptor = find(remote, check_name(model), number, variant, keys_of(store.home))
+    if number is None:
+        require_no_older(store.home, remote, descriptor, variant)
+    remember(store.home, remote, descriptor)
     place = store.folder(descriptor.artifact_id)
     with locked(store.lock_file(descriptor.artifact_id)):
         received = kept = 0
         manifest = _here(place)
         is_new = manifest is None
-        if manifest is None:
+        if manifest is not None:
+            _require_same(descriptor, manifest)
+        else:
             with refusing_when_full(place):
                 manifest, received, kept = _bring(remote, descriptor, place, progress)
         version = store.register(manifest, model=model, cause=Cause.FETCH)
     return Fetched(
         folder=place,
         version=version.version,
-        remote_version=remote_version,
+        remote_version=descriptor.version,
         artifact_id=manifest.artifact_id,
         is_new=is_new,
         received_bytes=received,
@@ -141,11 +150,18 @@ def _proved(
         for transfer in _parts(remote, files[name], partial):
             transfer.run()
     manifest = signed_manifest(partial)
-    if manifest.artifact_id != descriptor.artifact_id:
-        raise _differs(descriptor, f"The manifest is that of {manifest.artifact_id[:12]}.")
+    _require_same(descriptor, manifest)
     if files.keys() != {*manifest.files, MANIFEST_FILE, SIGNATURE_FILE}:
         raise _differs(descriptor, "Its files are others than those in the manifest.")
     return manifest
+
+
+def _require_same(descriptor: Descriptor, manifest: Manifest) -> None:
+    """Two signatures, one artifact."""
+    if manifest.artifact_id != descriptor.artifact_id:
+        raise _differs(descriptor, f"The manifest is that of {manifest.artifact_id[:12]}.")
+    if manifest.variant != descriptor.variant:
+        raise _differs(descriptor, f"The manifest says that it is {manifest.variant}.")
 
 
 def _parts(remote: Remote, file: RemoteFile, partial: Path) -> list[Transfer[bool]]:

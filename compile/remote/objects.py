@@ -3,7 +3,7 @@
 The keys below a URL:
 
     blobs/sha256/<hash>          parts of files, by their content
-    models/<model>/<number>.json what a version is made of; written last, and never again
+    models/<model>/<number>.json what a version is, signed; written last, and never again
 """
 
 import hashlib

@@ -25,6 +25,8 @@ class Remote:
     objects: Objects
     url: str
     pause: Callable[[float], None] = time.sleep
+    endpoint_url: str | None = None
+    """Where the bucket is; None: where the AWS variables and files say."""
 
     def holds(self, key: str, content: bytes) -> bool:
         """Whether exactly this content is there.
@@ -100,4 +102,5 @@ def open_remote(url: str, *, endpoint_url: str | None = None) -> Remote:
     Raises:
         InvalidRequest: the URL is none of ours.
     """
-    return Remote(open_objects(url, endpoint_url=endpoint_url), url)
+    objects = open_objects(url, endpoint_url=endpoint_url)
+    return Remote(objects, url, endpoint_url=endpoint_url)

@@ -18,13 +18,14 @@ from headrace.compile.remote.descriptor import (
 )
 from headrace.compile.remote.parallel import Transfer, transfer_all
 from headrace.compile.remote.patience import Remote
+from headrace.compile.signing import Keys, SigningKey, keys_of, signing_key
 from headrace.compile.store import Store
 from headrace.serving.domain.artifact import MANIFEST_FILE, Manifest
 from headrace.serving.domain.file_digest import PART_BYTES
 from headrace.serving.domain.signature import SIGNATURE_FILE
 from headrace.serving.engine.artifact_home import hold
 from headrace.serving.engine.loader import signed_manifest, verify_files
-from headrace.serving.errors import ArtifactTampered, RemoteStoreFault
+from headrace.serving.errors import ArtifactTampered, ArtifactUntrusted, RemoteStoreFault
 
 CREATE_TRIES = 32
 """Numbers that others may take while we ask for the next: as many pushers of one model at once."""
@@ -73,7 +74,8 @@ def push(
         part_bytes: of each part but the last of a file; at most `PART_BYTES`.
 
     Raises:
-        ArtifactTampered, ArtifactUntrusted: the artifact is not what was built.
+        ArtifactTampered, ArtifactUntrusted: the artifact is not what was built, or this home's key
+            cannot be read.
         RemoteStoreFault: the store does not answer, or keeps saying that others were first.
     """
     held = hold(folder)
@@ -93,7 +95,8 @@ def push(
         pushed_at=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         files=_files(folder, manifest, cuts, [part for part, _ in sent]),
     )
-    version, is_new = _named(remote, descriptor)
+    key = signing_key(store.home)
+    version, is_new = _named(remote, descriptor, key, keys_of(store.home))
     kept_bytes = sum(part.part_bytes for part, was_sent in sent if not was_sent)
     return Pushed(
         version=version,
@@ -145,17 +148,20 @@ def _names(manifest: Manifest) -> Sequence[str]:
     return [*sorted(manifest.files), MANIFEST_FILE, SIGNATURE_FILE]
 
 
-def _named(remote: Remote, descriptor: Descriptor) -> tuple[int, bool]:
-    """Make the parts a version, the next that is free; whether it is a new one."""
+def _named(
+    remote: Remote, descriptor: Descriptor, key: SigningKey, trusted: Keys
+) -> tuple[int, bool]:
+    """Make the parts a version, the next that is free, and sign it; whether it is a new one."""
     looked_at: set[int] = set()
     for _ in range(CREATE_TRIES):
         there = versions_of(remote, descriptor.model)
         for number in sorted(set(there) - looked_at, reverse=True):
-            if _is_same(remote, number, descriptor):
+            if _is_same(remote, number, descriptor, trusted):
                 return number, False
         looked_at.update(there)
         number = max(there, default=0) + 1
-        if remote.create(descriptor_key(descriptor.model, number), descriptor.to_json()):
+        signed = descriptor.numbered(number).signed(key)
+        if remote.create(descriptor_key(descriptor.model, number), signed.to_json()):
             return number, True
     raise RemoteStoreFault(
         f"The store {remote.url} gave every number of {descriptor.model!r} to somebody else.",
@@ -164,9 +170,9 @@ def _named(remote: Remote, descriptor: Descriptor) -> tuple[int, bool]:
     )
 
 
-def _is_same(remote: Remote, number: int, descriptor: Descriptor) -> bool:
+def _is_same(remote: Remote, number: int, descriptor: Descriptor, trusted: Keys) -> bool:
     try:
-        found = read_descriptor(remote, descriptor.model, number)
-    except ArtifactTampered:
-        return False  # A damaged one is nobody's; the next number is taken.
+        found = read_descriptor(remote, descriptor.model, number, trusted)
+    except (ArtifactTampered, ArtifactUntrusted):
+        return False  # It is damaged, or a stranger's; the next number is taken.
     return found.artifact_id == descriptor.artifact_id and found.files == descriptor.files

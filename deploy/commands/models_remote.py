@@ -31,8 +31,9 @@ def add_verbs(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
     fetch = verbs.add_parser(
         "fetch",
         help="bring an artifact from a store, and make it current",
-        description="The newest version there, unless one is named. Who signed it must be trusted "
-        "here: `headrace models trust add`. A fetch that was cut off goes on when it is run again.",
+        description="The newest version there, unless one is named. Who built it and who pushed "
+        "it must be trusted here: `headrace models trust add`. A fetch that was cut off goes on "
+        "when it is run again.",
     )
     for parser, run in ((push, run_push), (fetch, run_fetch)):
         parser.add_argument("model", metavar="MODEL[@VERSION]")
@@ -57,7 +58,8 @@ def run_push(args: argparse.Namespace) -> int:
     remote = remote_of(args.url, args.endpoint_url)
     from headrace.compile.remote.push import push
 
-    folder = store.resolve(model, variant=args.variant, version=number)
+    variant = args.variant or (None if number else store.variant_of(model))
+    folder = store.resolve(model, variant=variant, version=number)
     with _progress(args) as progress:
         pushed = push(store, folder, remote, model=model, progress=progress)
     if wants_json(args):

@@ -4,6 +4,7 @@ import argparse
 import json
 from dataclasses import asdict
 
+from headrace.compile.signing import keys_of
 from headrace.compile.store import Store
 from headrace.deploy.commands.models_remote import add_endpoint, remote_of
 from headrace.deploy.commands.models_shared import (
@@ -94,18 +95,18 @@ def _run_remote(args: argparse.Namespace) -> int:
     remote = remote_of(args.at, args.endpoint_url)
     from headrace.compile.remote.descriptor import read_descriptor, versions_of
 
-    there = versions_of(remote, args.model)[-SHOWN_MAX:]
-    found = [(number, read_descriptor(remote, args.model, number)) for number in there]
+    trusted, there = keys_of(home_of(args)), versions_of(remote, args.model)[-SHOWN_MAX:]
+    found = [read_descriptor(remote, args.model, number, trusted) for number in there]
     if wants_json(args):
         rows = [
             {
-                "version": number,
+                "version": each.version,
                 "variant": each.variant,
                 "artifact_id": each.artifact_id,
                 "pushed_at": each.pushed_at,
                 "total_bytes": each.total_bytes,
             }
-            for number, each in found
+            for each in found
         ]
         print(json.dumps({"model": args.model, "url": args.at, "versions": rows}))
     elif not found:
@@ -113,13 +114,13 @@ def _run_remote(args: argparse.Namespace) -> int:
     else:
         rows = [
             (
-                str(number),
+                str(each.version),
                 each.variant,
                 each.pushed_at,
                 f"{each.total_bytes / 1e6:,.0f} MB",
                 each.artifact_id[:12],
             )
-            for number, each in found
+            for each in found
         ]
         show_table(_REMOTE_COLUMNS, rows, numbers=("version", "size"))
     return 0

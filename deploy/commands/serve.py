@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -151,16 +151,26 @@ def build_missing(config: Config, console: Console) -> None:
         if model.variant or model.version:
             # Says which build is missing: only the target cpu is built unasked.
             store.configured(model)
-        entry = _fetchable(model)
+        entry = _fetchable(model, others=store.index(model.name).variants)
         console.print(f"{model.name} ({model.precision}) is not built yet: building it once.")
         _run_verb(config, "models", "pull", entry.name)
         _run_verb(config, "compile", entry.name, "--target", "cpu", "--precision", model.precision)
 
 
-def _fetchable(model: ModelConfig) -> catalog.Entry:
+def _fetchable(model: ModelConfig, *, others: Sequence[str]) -> catalog.Entry:
+    """What can be built for the target cpu; `others` are variants that there are."""
     try:
         return catalog.find(model.name)
     except ModelNotFound as error:
+        if others:
+            raise ModelNotFound(
+                f"The model {model.name} (cpu/{model.precision}) is configured and not built.",
+                why=f"There is {', '.join(others)} of it, and a build for another target or "
+                "precision is only served where that is asked for.",
+                fix=f"Ask for it in config.yaml: `variant: {others[0]}` beside `name: "
+                f"{model.name}`.",
+                field="models",
+            ) from error
         raise ModelNotFound(
             f"The model {model.name} ({model.precision}) is configured and not built.",
             why=error.why,

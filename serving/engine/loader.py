@@ -12,6 +12,10 @@ from headrace.serving.engine.signature import trusted_keys, verify_signature
 from headrace.serving.errors import ArtifactTampered, ArtifactUnverified
 
 MANIFEST_BYTES_MAX = 2**20
+KV_TOKENS = 16_384
+"""Of an engine whose sequences share blocks, where nobody said how many: 32 rows of 512, and what
+is left over keeps prefixes. At 135 M parameters 0.38 GB in bf16 (int8 and int4 engines), 0.75 GB
+in fp32."""
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -63,7 +67,7 @@ def load_engine(
     *,
     rows_max: int = 32,
     batch_tokens_max: int = 512,
-    kv_tokens: int = 32_768,
+    kv_tokens: int | None = None,
     sequence_tokens_max: int | None = None,
     threads: int = 2,
     trust: Path | None = None,
@@ -77,7 +81,7 @@ def load_engine(
         folder: an artifact.
         rows_max: sequences a step may advance.
         batch_tokens_max: tokens a step may take.
-        kv_tokens: tokens the KV pool holds, over all sequences.
+        kv_tokens: tokens the KV pool holds, over all sequences; None takes what suits the engine.
         sequence_tokens_max: a bound below the model's own context; None keeps that.
         threads: of the engine's arithmetic.
         trust: the public keys that count; None takes those of the home that it lies in.
@@ -99,7 +103,7 @@ def load_engine(
             manifest,
             rows_max=rows_max,
             batch_tokens_max=batch_tokens_max,
-            kv_tokens=kv_tokens,
+            kv_tokens=kv_tokens or default_kv_tokens(manifest, rows_max=rows_max),
             sequence_tokens_max=sequence_tokens_max,
             threads=threads,
         )
@@ -108,6 +112,17 @@ def load_engine(
         raise
     weakref.finalize(engine, os.close, held)
     return engine, manifest
+
+
+def default_kv_tokens(manifest: Manifest, *, rows_max: int) -> int:
+    """Tokens of KV cache where nobody said how many.
+
+    A TensorRT plan's cache is linear: each row has its place, and any smaller number would only
+    leave rows out, or all of them. So every row gets one: 32 rows of 4,608 are 147,456 tokens. The
+    plan has no more rows than its device was planned for, and takes no more.
+    """
+    facts = manifest.tensorrt
+    return KV_TOKENS if facts is None else rows_max * facts.cache_tokens
 
 
 def open_engine(

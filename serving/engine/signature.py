@@ -1,4 +1,4 @@
-"""Verifies who signed a manifest. Signing is compile's; no private key is ever read here."""
+"""Verifies who signed. Signing is compile's; no private key is ever read here."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,6 +10,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_public_key
 from headrace.serving.domain.signature import (
     SIGNATURE_BYTES_MAX,
     SIGNATURE_FILE,
+    Purpose,
     Signature,
     key_id,
     read_signatures,
@@ -74,21 +75,53 @@ def verify_signature(
     found = _signatures(folder)
     known = [each for each in found if each.key_id in trusted]
     if not known:
-        raise ArtifactUntrusted(
-            f"The artifact {folder} was signed with the key {found[0].key_id[:32]!r}.",
-            why=f"This home trusts {', '.join(sorted(trusted)) or 'no key at all'}.",
-            fix="If it comes from a home of yours, get that home's key with `headrace models key` "
-            "there and trust it here with `headrace models trust add FILE`.",
-        )
+        raise _untrusted(f"artifact {folder}", found[0], trusted)
     for each in known:
-        if _fits(trusted[each.key_id], each, manifest):
+        if _fits(trusted[each.key_id], each, manifest, Purpose.MANIFEST):
             return each
     raise _unsigned(folder, f"The signature of {known[0].key_id} does not fit its manifest.")
 
 
-def _fits(key: Ed25519PublicKey, signature: Signature, manifest: bytes) -> bool:
+def is_signed(
+    content: bytes,
+    signature: Signature,
+    trusted: Mapping[str, Ed25519PublicKey],
+    purpose: Purpose,
+    *,
+    what: str,
+) -> bool:
+    """Whether the signature fits these bytes.
+
+    Args:
+        content: the exact bytes.
+        signature: that is said to be of them.
+        trusted: keys by their ids.
+        purpose: that it was made for.
+        what: they are, for messages.
+
+    Raises:
+        ArtifactUntrusted: whoever signed is not trusted here.
+    """
+    key = trusted.get(signature.key_id)
+    if key is None:
+        raise _untrusted(what, signature, trusted)
+    return _fits(key, signature, content, purpose)
+
+
+def _untrusted(
+    what: str, signature: Signature, trusted: Mapping[str, Ed25519PublicKey]
+) -> ArtifactUntrusted:
+    return ArtifactUntrusted(
+        f"The {what} was signed with the key {signature.key_id[:32]!r}.",
+        why=f"This home trusts {', '.join(sorted(trusted)) or 'no key at all'}.",
+        fix="If it comes from a home of yours, get that home's key with `headrace models key` "
+        "there and trust it here with `headrace models trust add FILE`.",
+    )
+
+
+def _fits(key: Ed25519PublicKey, signature: Signature, content: bytes, purpose: Purpose) -> bool:
     try:
-        key.verify(signature.value, signed_bytes(manifest))
+        key.verify(signature.value, signed_bytes(content, purpose))
     except InvalidSignature:
         return False
     return True

@@ -128,6 +128,18 @@ def test_variants_are_current_side_by_side(shelf: Shelf) -> None:
         shelf.store.resolve("m", variant="h200/fp8/tp4")
 
 
+def test_a_command_that_names_no_variant_means_the_only_one_or_the_preferred(shelf: Shelf) -> None:
+    assert shelf.store.variant_of("m") is None
+    shelf.put_manifest(split(manifest("m", Precision.BF16, "b"), tp=2))
+    assert shelf.store.variant_of("m") == "rtx/bf16/tp2"
+
+    shelf.put_manifest(split(manifest("m", Precision.BF16, "c"), tp=4))
+    with pytest.raises(InvalidRequest, match=r"rtx/bf16/tp2, rtx/bf16/tp4.*--variant"):
+        shelf.store.variant_of("m")
+    shelf.put("m", Precision.INT4, "a")
+    assert shelf.store.variant_of("m") == "cpu/int4"
+
+
 def test_promoting_twice_changes_nothing_more(shelf: Shelf) -> None:
     shelf.put("m", digit="a")
     shelf.put("m", digit="b")

@@ -86,6 +86,14 @@ def test_engines_that_were_never_run_are_only_loaded_where_that_is_configured() 
     assert not plans(CHAT)["chat"].engine.allow_unverified
 
 
+def test_how_many_tokens_are_cached_is_the_artifacts_to_say_unless_it_is_configured() -> None:
+    """A linear cache has a length for each row that only its manifest knows."""
+    given = config(CHAT).with_overrides({"models.chat.kv_tokens": 4096})
+
+    assert plans(CHAT)["chat"].engine.kv_tokens is None
+    assert plans(*given.models)["chat"].engine.kv_tokens == 4096
+
+
 def test_versions_are_the_same_in_every_process() -> None:
     """A control process that starts again must not replace healthy replicas.
 

@@ -12,7 +12,9 @@ from headrace.deploy.cli import main
 from headrace.deploy.commands.serve import build_missing, three_commands
 from headrace.deploy.supervisor import Addresses
 from headrace.serving.config import Config, ModelConfig
+from headrace.serving.domain.artifact import Precision
 from headrace.serving.errors import ModelNotFound
+from tests.compile.shelf import Shelf, manifest, split
 
 ADDRESSES = Addresses(grpc="127.0.0.1:50051", http="127.0.0.1:8080", directory="127.0.0.1:50052")
 
@@ -22,6 +24,17 @@ def test_a_model_that_can_be_neither_found_nor_fetched_is_named(tmp_path: Path) 
 
     with pytest.raises(ModelNotFound, match=r"my-own \(int8\) is configured and not built"):
         build_missing(config, Console())
+
+
+def test_a_model_that_is_built_for_another_target_says_how_to_ask_for_it(tmp_path: Path) -> None:
+    shelf = Shelf(tmp_path)
+    shelf.put_manifest(split(manifest("my-own", Precision.BF16, "a"), tp=2))
+    config = Config(home=tmp_path, models=(ModelConfig(name="my-own"),))
+
+    with pytest.raises(ModelNotFound, match="`variant: rtx/bf16/tp2` beside `name: my-own`"):
+        build_missing(config, Console())
+    asked = config.with_overrides({"models.my-own.variant": "rtx/bf16/tp2"})
+    build_missing(asked, Console())
 
 
 def test_a_model_without_replicas_is_not_built(tmp_path: Path) -> None:

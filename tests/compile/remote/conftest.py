@@ -1,5 +1,6 @@
 """A real S3 server of its own for these tests, and a folder that fails when it is told to."""
 
+import json
 import subprocess
 import sys
 import threading
@@ -16,8 +17,9 @@ from headrace.compile.remote.fetch import Fetched, fetch
 from headrace.compile.remote.objects import Folder, Objects
 from headrace.compile.remote.patience import Remote
 from headrace.compile.remote.push import Pushed, push
-from headrace.compile.signing import signing_key, trust
+from headrace.compile.signing import SigningKey, signing_key, trust
 from headrace.serving.domain.artifact import Precision
+from headrace.serving.domain.signature import Purpose
 from tests.compile.shelf import Shelf
 
 T = TypeVar("T")
@@ -140,25 +142,44 @@ class World:
             model, Precision.INT8, digit, weights=weights, tokenizer=tokenizer, empty=b""
         )
 
-    def push(self, remote: Remote | None = None, folder: Path | None = None) -> Pushed:
+    def push(
+        self, remote: Remote | None = None, folder: Path | None = None, model: str = "m"
+    ) -> Pushed:
         return push(
             self.theirs.store,
             folder or self.artifact,
             remote or self.remote,
-            model="m",
+            model=model,
             progress=Silent(),
             part_bytes=PART_BYTES,
         )
 
-    def fetch(self, remote: Remote | None = None, number: int | None = None) -> Fetched:
+    def fetch(
+        self,
+        remote: Remote | None = None,
+        number: int | None = None,
+        *,
+        model: str = "m",
+        variant: str | None = None,
+    ) -> Fetched:
         return fetch(
             self.ours.store,
             remote or self.remote,
-            model="m",
+            model=model,
             number=number,
-            variant=None,
+            variant=variant,
             progress=Silent(),
         )
+
+    def descriptor(self, number: int = 1, model: str = "m") -> Path:
+        return self.folder / "models" / model / f"{number:06}.json"
+
+    def sign(self, path: Path, key: SigningKey | None = None) -> None:
+        """Sign a descriptor that was changed, as `theirs` would, who is trusted."""
+        stated = json.loads(path.read_text())["descriptor"]
+        content = json.dumps(stated, sort_keys=True).encode()
+        signature = (key or signing_key(self.theirs.home)).signature(content, Purpose.DESCRIPTOR)
+        path.write_text(json.dumps({"descriptor": stated, "signature": signature.fields()}))
 
     def arrived(self) -> list[str]:
         """What can be seen in our home."""

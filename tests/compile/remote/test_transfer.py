@@ -1,5 +1,6 @@
 """What one home pushes another fetches, exactly, whatever fails in between."""
 
+import json
 import threading
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from headrace.compile.names_index import Cause
 from headrace.compile.remote.parallel import PARTS_AT_ONCE
 from headrace.compile.remote.patience import PAUSES_S
 from headrace.compile.signing import distrust, signing_key
+from headrace.deploy.cli import main
+from headrace.serving.domain.artifact import Precision
 from headrace.serving.errors import (
     ArtifactTampered,
     ArtifactUntrusted,
@@ -17,6 +20,7 @@ from headrace.serving.errors import (
     RemoteStoreFault,
 )
 from tests.compile.remote.conftest import WEIGHTS, World
+from tests.compile.shelf import Shelf, manifest, split
 
 
 def test_an_artifact_goes_from_home_to_home(world: World) -> None:
@@ -38,6 +42,23 @@ def test_pushing_and_fetching_twice_moves_nothing(world: World) -> None:
     assert (again.version, again.is_new, again.sent_bytes) == (1, False, 0)
     assert not world.fetch().is_new
     assert len(world.ours.versions("m")) == 1
+
+
+def test_the_only_variant_there_is_is_pushed_and_of_several_one_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shelf, order = Shelf(tmp_path / "home"), ["models", "push", "m", f"file://{tmp_path}/store"]
+    order += ["--home", str(shelf.home), "--json"]
+    shelf.put_manifest(split(manifest("m", Precision.BF16, "b"), tp=2))
+
+    assert main(order) == 0
+    assert json.loads(capsys.readouterr().out)["artifact_id"] == "b" * 64
+
+    shelf.put_manifest(split(manifest("m", Precision.BF16, "c"), tp=4))
+    assert main(order) == 3
+    assert "rtx/bf16/tp2, rtx/bf16/tp4" in capsys.readouterr().err
+    assert main([*order, "--variant", "rtx/bf16/tp4"]) == 0
+    assert json.loads(capsys.readouterr().out)["artifact_id"] == "c" * 64
 
 
 def test_a_version_that_differs_in_a_little_sends_a_little(world: World) -> None:
@@ -136,7 +157,10 @@ def test_a_part_that_is_gone_is_said_to_be(world: World) -> None:
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        ('"descriptor_version": 1', '"descriptor_version": 2'),
+        ('"descriptor_version": 2', '"descriptor_version": 1'),
+        ('"version": 1', '"version": "1"'),
+        ('"descriptor": {', '"statement": {'),
+        ('"key_id"', '"signer"'),
         ('"weights"', '"../../weights"'),
         ('"weights"', '".weights"'),
         ('"weights"', '"tokenizer"'),
@@ -145,15 +169,11 @@ def test_a_part_that_is_gone_is_said_to_be(world: World) -> None:
         ('"pushed_at"', '"pushed_by"'),
         ('"files": [', '"files": ' + "[" * 5000),
         ('"artifact_id": "a', '"artifact_id": "/'),
-        ('"artifact_id": "a', '"artifact_id": "b'),
-        ('"name": "empty"', '"name": "hollow"'),
-        ('"name": "manifest.sig"', '"name": "manifest.asc"'),
     ],
 )
 def test_a_damaged_descriptor_brings_nothing(old: str, new: str, world: World) -> None:
-    """Nothing but the signature is believed; a descriptor only says where to look."""
     world.push()
-    path = world.folder / "models" / "m" / "000001.json"
+    path = world.descriptor()
     text = path.read_text()
     assert old in text
     path.write_text(text.replace(old, new))
@@ -164,12 +184,38 @@ def test_a_damaged_descriptor_brings_nothing(old: str, new: str, world: World) -
     assert list(world.ours.store.artifacts.glob("*")) == []
 
 
-def test_files_that_changed_places_on_the_store_are_refused(world: World) -> None:
-    """All parts are right, and so is the signature; only that the files are not what was signed."""
+@pytest.mark.parametrize(
+    ("old", "new", "refused"),
+    [
+        ('"artifact_id": "a', '"artifact_id": "b', "manifest is that of aaaa"),
+        ('"variant": "cpu/int8"', '"variant": "cpu/fp32"', "says that it is cpu/int8"),
+        ('"name": "empty"', '"name": "hollow"', "others than those in the manifest"),
+        ('"name": "manifest.sig"', '"name": "manifest.asc"', r"no manifest\.sig"),
+    ],
+)
+def test_a_descriptor_that_is_signed_and_wrong_brings_nothing(
+    old: str, new: str, refused: str, world: World
+) -> None:
+    """Two signatures, of descriptor and manifest, must say the same."""
     world.push()
-    path = world.folder / "models" / "m" / "000001.json"
+    path = world.descriptor()
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+    world.sign(path)
+
+    with pytest.raises(ArtifactTampered, match=refused):
+        world.fetch()
+    assert world.arrived() == []
+
+
+def test_files_that_changed_places_on_the_store_are_refused(world: World) -> None:
+    """All parts are right, and so are the signatures; only that the files are in wrong places."""
+    world.push()
+    path = world.descriptor()
     text = path.read_text().replace('"name": "weights"', '"name": "x"')
     path.write_text(text.replace('"tokenizer"', '"weights"').replace('"x"', '"tokenizer"'))
+    world.sign(path)
 
     with pytest.raises(ArtifactTampered, match="SHA-256"):
         world.fetch()

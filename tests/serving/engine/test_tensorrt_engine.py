@@ -16,6 +16,7 @@ import pytest
 
 from headrace.serving.domain.artifact import Manifest, Sharding
 from headrace.serving.engine.base import Row
+from headrace.serving.engine.loader import load_engine
 from headrace.serving.engine.tensorrt import TensorRtEngine
 from headrace.serving.errors import (
     ArtifactTampered,
@@ -37,6 +38,7 @@ from headrace.serving.testing.fake_artifact import (
 from headrace.serving.testing.fake_device import FakeDevice
 from headrace.serving.testing.fake_ranks import FakeChannel, FakeCommunicator
 from headrace.serving.testing.fake_tensorrt import FakeTensorRt
+from headrace.serving.testing.signing import trust_key
 
 LONGEST = CACHE_TOKENS - CHUNK
 VOCAB = 40
@@ -257,6 +259,25 @@ def test_too_little_kv_for_one_row_is_refused_with_the_number_that_would_do(
 ) -> None:
     with pytest.raises(ConfigRefused, match="Set kv_tokens to 512 for 8 rows"):
         machine.load(kv_tokens=CACHE_TOKENS - 1)
+
+
+def test_where_nobody_says_how_much_is_cached_every_row_has_its_place(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """What suits engines that share blocks would hold no row at all of a long context."""
+
+    def on_the_fakes(folder: Path, manifest: Manifest, **given: Any) -> TensorRtEngine:
+        return TensorRtEngine(
+            folder, manifest, device=machine.device, library=machine.library, **given
+        )
+
+    monkeypatch.setattr("headrace.serving.engine.tensorrt.TensorRtEngine", on_the_fakes)
+    trust = trust_key(tmp_path / "trust")
+
+    few, _ = load_engine(machine.folder, rows_max=3, trust=trust)
+    all_there_are, _ = load_engine(machine.folder, rows_max=1024, trust=trust)
+
+    assert (few.limits.rows_max, all_there_are.limits.rows_max) == (3, 8)
 
 
 # Stages.
