@@ -21,7 +21,7 @@ INT4's scales must have the output's type, bf16; (outputs, inputs) and its trans
 the scale's shape says the block: no axis and no `block_shape`.
 """
 
-from collections.abc import Mapping, MutableMapping
+from collections.abc import MutableMapping
 from typing import Any
 
 import numpy as np
@@ -103,8 +103,3 @@ def add_constant(
     layer = network.add_constant(shape, trt.Weights(dtype, bits.ctypes.data, count))
     layer.name = name
     return layer.get_output(0)
-
-
-def weight_bytes(kept: Mapping[str, Array]) -> int:
-    """Bytes of all constants, as TensorRT reports "Total Weights Memory" but for its alignment."""
-    return sum(array.nbytes for array in kept.values())
