@@ -6,7 +6,6 @@ killed for memory, or crash, and neither may take the caller along.
 
 import json
 import re
-import resource
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -118,11 +117,19 @@ def build_rank(
         activation_bytes=logger.activation_bytes,
         graph_digest=digest(found),
         seconds=time.perf_counter() - started,
-        peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        peak_rss_bytes=_peak_rss_bytes(),
     )
     text = json.dumps({"digest": built.graph_digest, **found}, separators=(",", ":"))
     (folder / plan_io.inspection_file(rank)).write_text(text + "\n", "utf-8")
     return built
+
+
+def _peak_rss_bytes() -> int:
+    """The most memory this process has had. `ru_maxrss` would begin with its parent's."""
+    for line in Path("/proc/self/status").read_text("ascii", errors="replace").splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return 0
 
 
 def _configured(
