@@ -168,7 +168,6 @@ def verify_engine(
     reference: str,
     *,
     threads: int,
-    kv_tokens: int | None = None,
     device: str = "cpu",
 ) -> Verification:
     """Load the engine of `folder` as serving would, and compare it with the reference.
@@ -182,14 +181,13 @@ def verify_engine(
         references: of each prompt.
         reference: what they are of, for the record.
         threads: of engines that compute on the CPU.
-        kv_tokens: of all caches together; None is what the prompts need.
         device: what it runs on, for the record.
 
     Raises:
         DeviceUnsuitable, DoesNotFit: it cannot be run here.
         OutsideTolerance: it differs more than its precision may.
     """
-    engine = _open_for(len(prompts), manifest, folder, threads=threads, kv_tokens=kv_tokens)
+    engine = _open_for(len(prompts), manifest, folder, threads=threads)
     try:
         return verify(
             engine,
@@ -204,14 +202,10 @@ def verify_engine(
         engine.close()
 
 
-def _open_for(
-    num_texts: int, manifest: Manifest, folder: Path, *, threads: int, kv_tokens: int | None
-) -> LoadedEngine:
+def _open_for(num_texts: int, manifest: Manifest, folder: Path, *, threads: int) -> LoadedEngine:
     """All texts at once, or one where the device has no room for as many of the longest cache."""
     facts = manifest.tensorrt
     text_tokens = facts.cache_tokens if facts else 2 * TEXT_TOKENS_MAX
-    if kv_tokens is not None:
-        text_tokens = kv_tokens // num_texts
 
     def open_with(rows: int) -> LoadedEngine:
         return open_engine(

@@ -11,7 +11,6 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +61,6 @@ class BuiltPlans:
     """The files are in the folder: plan, network and log of each rank."""
 
     ranks: Sequence[RankPlan]
-    graph_digest: str
-    """Over all ranks' networks."""
     files: Sequence[str]
     seconds: float
     peak_rss_bytes: int
@@ -104,11 +101,9 @@ def build_plans(
             layers=(part.first_layer, part.last_layer),
         )
         built.append((plan, found))
-    digests = "\n".join(each.graph_digest for _, each in built)
     ranks = [plan for plan, _ in built]
     return BuiltPlans(
         ranks=ranks,
-        graph_digest=sha256(digests.encode()).hexdigest(),
         files=[name for plan in ranks for name in _files(plan.rank)],
         seconds=sum(each.seconds for _, each in built),
         peak_rss_bytes=max(each.peak_rss_bytes for _, each in built),

@@ -218,7 +218,6 @@ class TensorRtBuilder:
                 references,
                 reference,
                 threads=1,
-                kv_tokens=len(prompts) * self._cache_tokens(model),
                 device=device_here(),
             )
         # torch computes the networks, and is wanted for nothing else here.

@@ -55,7 +55,6 @@ class RankBuilt:
     weight_bytes: int
     activation_bytes: int
     """Of the profile that takes most, as the library's log says; 0 where it does not."""
-    graph_digest: str
     seconds: float
     peak_rss_bytes: int
 
@@ -115,11 +114,10 @@ def build_rank(
         plan_bytes=plan.nbytes,
         weight_bytes=found["summary"]["constant_bytes"],
         activation_bytes=logger.activation_bytes,
-        graph_digest=digest(found),
         seconds=time.perf_counter() - started,
         peak_rss_bytes=_peak_rss_bytes(),
     )
-    text = json.dumps({"digest": built.graph_digest, **found}, separators=(",", ":"))
+    text = json.dumps({"digest": digest(found), **found}, separators=(",", ":"))
     (folder / plan_io.inspection_file(rank)).write_text(text + "\n", "utf-8")
     return built
 

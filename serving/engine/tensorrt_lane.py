@@ -78,10 +78,6 @@ class Lane:
     def rows(self) -> int:
         return self._rows
 
-    @property
-    def is_recorded(self) -> bool:
-        return self._graph is not None
-
     def prepare(self, *, tokens: int, place: int) -> None:
         """Give the next runs' tokens a row, and the place in the caches of their first row."""
         if tokens != self._tokens:
